@@ -1,0 +1,397 @@
+"""Answer questions about images: prefill, decode, sampling, streaming, and the command line.
+
+    python generate.py --model CHECKPOINT --image photo.jpg --prompt "What is this?"
+
+    prefill   the whole prompt through the decoder, filling the cache -> logits of the next token
+    sample    logits (B, vocabulary) -> one id a row
+    decode    that id alone through the decoder, again and again, until an end token
+
+Shape letters as in model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from load_weights import load_model
+from model import DeepseekVL, KVCache
+from processor import Processor, Tokenizer
+
+# ---------------------------------------------------------------------------- sampling
+
+# Each transform takes and gives float32 logits (B, vocabulary); what may not be chosen is -inf.
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that were seen less likely (CTRL, arXiv 1909.05858, section 4.1).
+
+    Args:
+        seen: bool (B, vocabulary), which tokens the row's prompt and answer hold so far.
+        penalty: positive logits are divided by it, negative ones multiplied; 1 does nothing.
+    """
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits of a row (and what equals the smallest of them)."""
+    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest tokens whose probabilities reach p (nucleus sampling, 1904.09751).
+
+    At least one is kept.
+    """
+    ordered, order = logits.sort(dim=-1)  # ascending: the tail to cut comes first
+    tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    tail[:, -1] = False
+    return logits.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """One id a row: the largest logit at temperature 0, otherwise drawn from the softmax.
+
+    Args:
+        logits: (B, vocabulary), after any repetition penalty.
+    Returns: (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def check_options(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    chunk_size: int | None,
+) -> None:
+    """Raise ValueError that names the first option out of its range."""
+    for name, value, valid, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
+        ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
+        ("chunk_size", chunk_size, chunk_size is None or chunk_size >= 1, "1 or more"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} is {value}, expected {wanted}")
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+def prefill(
+    model: DeepseekVL, batch: dict[str, Tensor], cache: KVCache, attention_mask: Tensor | None, chunk_size: int | None
+) -> Tensor:
+    """Feed the prompt, all at once or in pieces of `chunk_size` tokens.
+
+    Images are seen once, whatever the pieces. A piece attends to all before it through the
+    cache, so the result is the same; what shrinks is the memory for the activations.
+
+    Args:
+        attention_mask: (B, capacity) or None.
+    Returns: logits of the next token, (B, vocabulary).
+    """
+    embeddings = model.embed(
+        **{key: value for key, value in batch.items() if key != "attention_mask"}
+    )  # (B, T, D)
+    for piece in embeddings.split(chunk_size or embeddings.shape[1], dim=1):
+        seen = cache.length + piece.shape[1]
+        mask = None if attention_mask is None else attention_mask[:, :seen]
+        output = model(inputs_embeds=piece, attention_mask=mask, cache=cache, logits_to_keep=1)
+    return output.logits[:, -1]
+
+
+@torch.inference_mode()
+def decode(
+    model: DeepseekVL,
+    batch: dict[str, Tensor],
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    chunk_size: int | None = None,
+) -> Iterator[list[int]]:
+    """Yield one id a row at each step; `generate` and `stream` say what they mean.
+
+    Rows that have ended go on, unheard, until all have.
+    """
+    check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, chunk_size)
+    input_ids = batch["input_ids"].to(model.device)
+    B, T = input_ids.shape
+    context = model.config.language.max_position_embeddings
+    if T > context:
+        raise ValueError(f"the prompt has {T} tokens, the model's context holds {context}")
+    steps = min(max_new_tokens, context - T + 1)  # the last id is never fed back
+    capacity = T + steps - 1
+    cache = model.new_cache(B, capacity)
+
+    attention_mask = batch.get("attention_mask")
+    if attention_mask is not None:
+        if bool(attention_mask.all()):
+            attention_mask = None  # nothing is padding: the fast path
+        else:
+            attention_mask = torch.nn.functional.pad(attention_mask.to(model.device), (0, capacity - T), value=1)
+
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator(model.device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+
+    seen = None
+    if repetition_penalty != 1:
+        real = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask[:, :T] == 0, -1)
+        seen = torch.zeros(B, model.config.language.vocab_size + 1, dtype=torch.bool, device=model.device)
+        seen = seen.scatter(1, real + 1, True)[:, 1:]  # padding is token -1 here, and cut off
+
+    logits = prefill(model, batch, cache, attention_mask, chunk_size)
+    for step in range(steps):
+        logits = logits.float()
+        if seen is not None:
+            logits = penalize_repetition(logits, seen, repetition_penalty)
+        ids = choose(logits, temperature, top_k, top_p, generator)  # (B,)
+        yield ids.tolist()
+        if step == steps - 1:
+            return
+        if seen is not None:
+            seen.scatter_(1, ids[:, None], True)
+        mask = None if attention_mask is None else attention_mask[:, : cache.length + 1]
+        logits = model(input_ids=ids[:, None], attention_mask=mask, cache=cache).logits[:, -1]
+
+
+def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> list[list[int]]:
+    """The new ids of each row, its end token included where it was produced.
+
+    A row ends with an end token, after `max_new_tokens`, or where the model's context is full.
+
+    Args:
+        batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels.
+        options: temperature (0: always the likeliest token), top_k (0: off), top_p (1: off),
+            repetition_penalty (1: off; counts prompt and answer), seed (for temperature above 0;
+            None: another answer each time), chunk_size (tokens of the prompt fed at once).
+    Raises: ValueError for an option out of its range, or a prompt beyond the model's context.
+    """
+    ends = model.config.end_token_ids
+    rows: list[list[int]] = [[] for _ in batch["input_ids"]]
+    for ids in decode(model, batch, max_new_tokens, **options):
+        for row, new in zip(rows, ids):
+            if not row or row[-1] not in ends:
+                row.append(new)
+        if all(row[-1] in ends for row in rows):
+            break
+    return rows
+
+
+def stream(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> Iterator[int]:
+    """The ids that `generate` returns, each as it comes, for a batch of one conversation.
+
+    Raises: ValueError as `generate`, and for a batch of more than one row.
+    """
+    if len(batch["input_ids"]) != 1:
+        raise ValueError(f"stream takes one conversation, this batch has {len(batch['input_ids'])}; use generate")
+    for (new,) in decode(model, batch, max_new_tokens, **options):
+        yield new
+        if new in model.config.end_token_ids:
+            return
+
+
+class TextStream:
+    """Turns ids into text as they come, holding back bytes until they make whole characters.
+
+    A character outside ASCII is several bytes, and byte-level BPE may split it between tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, which may be none."""
+        if self.tokenizer.is_special(token_id):
+            return ""
+        return self.utf8.decode(self.tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left at the end: bytes that never became a character, as U+FFFD."""
+        return self.utf8.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------- command line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Raises: ValueError for one that is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, here in available.items() if here)
+    if not available[name]:
+        raise ValueError(f"--device {name}: there is none here, expected one of "
+                         + ", ".join(device for device, here in available.items() if here))
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` takes the fastest dtype that the device has arithmetic for, and does not emulate."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    # A CPU without 16-bit instructions emulates them, several times slower: a short race tells.
+    return torch.bfloat16 if matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32) else torch.float32
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of a few (256, 1024) x (1024, 1024) matmuls on the CPU."""
+    x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str):
+        fail(message)
+
+
+def fail(message: str):
+    """Print one `error:` line and end with status 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Ask DeepSeek-VL about images; the answer streams to standard output.")
+    add = parser.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="image file or http(s) address; may be repeated")
+    add("--prompt", help='the question (default: "Describe this image."); <image> marks where an image goes')
+    add("--model", metavar="DIR", help="checkpoint folder")
+    add("--system", metavar="TEXT", help="system text in place of the model's own")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to P (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeats (default: 1)")
+    add("--seed", type=int, metavar="S", help="makes sampling repeatable")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the device's fastest)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
+    add("--quiet", action="store_true", help="no progress on standard error")
+    return parser.parse_args(arguments)
+
+
+def make_message(prompt: str | None, images: list[str]) -> dict:
+    """The user's message. Images go first where the prompt has no marker for them.
+
+    Raises: ValueError where there is nothing to ask.
+    """
+    if prompt is None:
+        if not images:
+            raise ValueError("nothing to do: give --image, --prompt or both")
+        prompt = "Describe this image."
+    if "<image>" not in prompt and "<image_placeholder>" not in prompt:
+        prompt = "<image>" * len(images) + prompt
+    return {"role": "user", "content": prompt, "images": images}
+
+
+def run(args: argparse.Namespace, note) -> None:
+    """Load, answer, report. `note` prints progress, which overwrites itself."""
+    options = {
+        name: getattr(args, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "chunk_size")
+    }
+    check_options(**options)
+    if args.model is None:
+        raise ValueError("--model is missing, expected a checkpoint folder")
+    message = make_message(args.prompt, args.image)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+
+    processor = Processor(args.model)
+    batch = processor([message], system=args.system)  # bad images are told before the long load
+    note(f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}")
+    start = time.perf_counter()
+    model = load_model(args.model, dtype=dtype, device=device)
+    model.pack()
+    prompt_tokens = batch["input_ids"].shape[1]
+    note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
+
+    text = TextStream(processor.tokenizer)
+    start, first, count, last = time.perf_counter(), None, 0, "\n"
+    try:
+        for new in stream(model, batch, **options):
+            if first is None:
+                first = time.perf_counter()
+                note("")
+            count += 1
+            piece = text.push(new)
+            last = piece or last
+            print(piece, end="", flush=True)
+    finally:  # also after Ctrl-C: what was produced ends as whole lines
+        piece = text.finish()
+        last = piece or last
+        print(piece, end="" if last.endswith("\n") and count else "\n", flush=True)
+        if first is not None:
+            now = time.perf_counter()
+            rate = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 else ""
+            note(f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    show_progress = sys.stderr.isatty() and not args.quiet
+
+    def note(text: str) -> None:
+        if show_progress:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    try:
+        run(args, note)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as the shell says of a program ended by Ctrl-C
+    except BrokenPipeError:  # whoever read the answer has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        note("")
+        fail(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,538 @@
+"""From a checkpoint folder to a model: its config, its tensor names, its weights.
+
+    config.json           -> read_config  -> ModelConfig, plain dataclasses
+    names in the files    -> LAYOUTS      -> names in the model, one visible table a layout
+    *.safetensors, *.bin  -> load_model   -> DeepseekVL, tensor by tensor, nothing held twice
+
+Two layouts of DeepSeek-VL are read: the official one (deepseek-ai/deepseek-vl-*) and that of
+transformers (deepseek-community/*, and whatever its save_pretrained writes).
+
+Nothing of a checkpoint is ever executed: JSON, safetensors, and pickles with weights_only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from model import DeepseekVL, LanguageConfig, ModelConfig
+from processor import load_tokenizer, read_json
+from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig
+
+# ---------------------------------------------------------------------------- config.json
+
+
+class Section:
+    """A JSON object of a config that knows its own name, so that errors can tell it."""
+
+    def __init__(self, values: Any, name: str):
+        if not isinstance(values, dict):
+            raise ValueError(f"{name}: expected an object, found {type(values).__name__}")
+        self.values, self.name = values, name
+
+    def section(self, key: str) -> Section:
+        return Section(self.values.get(key, {}), f"{self.name}: {key}")
+
+    def get(self, key: str, default: Any) -> Any:
+        """The value, of the default's type; an absent or null one is the default."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        wanted = type(default)
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted or (wanted in (int, float) and value <= 0):
+            kind = {int: "a positive integer", float: "a positive number", str: "text", list: "a list"}
+            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind.get(wanted, wanted.__name__)}")
+        return value
+
+    def expect(self, key: str, *allowed: Any) -> Any:
+        """The value, which must be one of `allowed`; an absent one is the first of them."""
+        value = self.values.get(key, allowed[0])
+        if value not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise ValueError(f"{self.name}: {key} is {value!r}, only {choices} is supported")
+        return value
+
+
+# The official configs name a vision tower by its preset; keys beside the name override it.
+SIGLIP_PRESETS = {
+    "siglip_large_patch16_384": {"patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0},
+}
+SAM_PRESET = "sam_b_downsample"
+
+GELU_FORMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # hidden_act -> torch's name
+
+
+def official_siglip(params: Section) -> SigLIPConfig:
+    preset = SIGLIP_PRESETS[params.expect("model_name", *SIGLIP_PRESETS)]
+    params.expect("select_feature", "same")
+    params.expect("select_layer", -1)
+    size = {key: params.get(key, value) for key, value in preset.items()}
+    return SigLIPConfig(
+        image_size=params.get("image_size", 384),
+        patch_size=size["patch_size"],
+        width=size["width"],
+        layers=size["layers"],
+        heads=size["heads"],
+        mlp_width=int(size["width"] * size["mlp_ratio"]),
+    )
+
+
+def official_sam(params: Section) -> SAMConfig:
+    params.expect("model_name", SAM_PRESET)
+    default = SAMConfig()
+    width = params.get("width", default.width)
+    return SAMConfig(
+        image_size=params.get("image_size", default.image_size),
+        patch_size=params.get("patch_size", default.patch_size),
+        width=width,
+        layers=params.get("layers", default.layers),
+        heads=params.get("heads", default.heads),
+        mlp_width=int(width * params.get("mlp_ratio", 4.0)),
+        window=params.get("window_size", default.window),
+        global_layers=tuple(params.get("global_attn_indexes", list(default.global_layers))),
+        neck_channels=params.get("neck_channels", default.neck_channels),
+        downsample_channels=tuple(params.get("downsample_channels", list(default.downsample_channels))),
+    )
+
+
+def official_pixel_norm(params: Section, default: PixelNorm) -> PixelNorm:
+    mean, std = (params.get(key, list(value)) for key, value in
+                 (("pixel_mean", default.mean), ("pixel_std", default.std)))
+    return PixelNorm(tuple(mean), tuple(std))
+
+
+def official_vision(config: Section) -> SigLIPConfig | HybridConfig:
+    kind = config.expect("cls", "CLIPVisionTower", "HybridVisionTower")
+    params = config.section("params")
+    if kind == "CLIPVisionTower":
+        return official_siglip(params)
+    low, high = params.section("low_res_cfg"), params.section("high_res_cfg")
+    params.expect("concat_type", "tuple")
+    return HybridConfig(
+        low=official_siglip(low),
+        high=official_sam(high),
+        low_norm=official_pixel_norm(low, HybridConfig.low_norm),
+        high_norm=official_pixel_norm(high, HybridConfig.high_norm),
+    )
+
+
+def transformers_siglip(config: Section) -> SigLIPConfig:
+    config.expect("model_type", "siglip_vision_model")
+    return SigLIPConfig(
+        image_size=config.get("image_size", 224),
+        patch_size=config.get("patch_size", 16),
+        width=config.get("hidden_size", 768),
+        layers=config.get("num_hidden_layers", 12),
+        heads=config.get("num_attention_heads", 12),
+        mlp_width=config.get("intermediate_size", 3072),
+        gelu=GELU_FORMS[config.expect("hidden_act", "gelu_pytorch_tanh", "gelu")],
+    )
+
+
+def transformers_sam(config: Section) -> SAMConfig:
+    config.expect("model_type", "sam_vision_model")
+    for key in ("qkv_bias", "use_abs_pos", "use_rel_pos"):
+        config.expect(key, True)
+    config.expect("hidden_act", "gelu")
+    default = SAMConfig()
+    channels = config.get("output_channels", default.neck_channels)
+    width = config.get("hidden_size", default.width)
+    return SAMConfig(
+        image_size=config.get("image_size", default.image_size),
+        patch_size=config.get("patch_size", default.patch_size),
+        width=width,
+        layers=config.get("num_hidden_layers", default.layers),
+        heads=config.get("num_attention_heads", default.heads),
+        mlp_width=config.get("mlp_dim", int(width * config.get("mlp_ratio", 4.0))),
+        window=config.get("window_size", default.window),
+        global_layers=tuple(config.get("global_attn_indexes", list(default.global_layers))),
+        neck_channels=channels,
+        downsample_channels=(2 * channels, 4 * channels),
+    )
+
+
+def llama(config: Section, tie_word_embeddings: bool = False) -> LanguageConfig:
+    """A Llama config in which absent keys have the defaults of transformers' LlamaConfig."""
+    config.expect("model_type", "llama")
+    config.expect("hidden_act", "silu")
+    config.expect("attention_bias", False)
+    config.expect("mlp_bias", False)
+    config.expect("rope_scaling", None)
+    rope = config.section("rope_parameters")  # newer files; older ones have rope_theta beside the sizes
+    rope.expect("rope_type", "default")
+    heads = config.get("num_attention_heads", 32)
+    hidden_size = config.get("hidden_size", 4096)
+    kv_heads = config.get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"{config.name}: {heads} heads cannot share {kv_heads} key/value heads evenly")
+    return LanguageConfig(
+        vocab_size=config.get("vocab_size", 32000),
+        hidden_size=hidden_size,
+        intermediate_size=config.get("intermediate_size", 11008),
+        num_hidden_layers=config.get("num_hidden_layers", 32),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=config.get("head_dim", hidden_size // heads),
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        tie_word_embeddings=config.get("tie_word_embeddings", tie_word_embeddings),
+    )
+
+
+def official_config(config: Section) -> ModelConfig:
+    vision = official_vision(config.section("vision_config"))
+    aligner = config.section("aligner_config").section("params")
+    hybrid = isinstance(vision, HybridConfig)
+    aligner.expect("projector_type", "low_high_hybrid_split_mlp_gelu" if hybrid else "mlp_gelu")
+    aligner.expect("depth", 2)
+    return ModelConfig(vision, llama(config.section("language_config")))
+
+
+def transformers_config(config: Section) -> ModelConfig:
+    vision = transformers_siglip(config.section("vision_config"))
+    if config.values["model_type"] == "deepseek_vl_hybrid":
+        vision = HybridConfig(low=vision, high=transformers_sam(config.section("high_res_vision_config")))
+    tie = config.expect("tie_word_embeddings", True, False)
+    text = Section({**config.section("text_config").values, "tie_word_embeddings": tie}, f"{config.name}: text_config")
+    return ModelConfig(vision, llama(text), image_token_id=config.get("image_token_id", 100015))
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a checkpoint folder, in any known layout.
+
+    The ids of the image token and of the tokens that end an answer are looked up in the
+    folder's generation config and tokenizer, where there are such files.
+
+    Raises: ValueError that names the file and the key, and what was expected.
+    """
+    return read_layout_and_config(Path(path))[1]
+
+
+def read_layout_and_config(folder: Path) -> tuple[Layout, ModelConfig]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    file = folder / "config.json"
+    values = read_json(file)
+    kind = values.get("model_type")
+    if kind not in LAYOUTS:
+        raise ValueError(f"{file}: model_type is {kind!r}, expected one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    config = layout.read_config(Section(values, str(file)))
+    check_sizes(config, file)
+    image_token_id, end_token_ids = find_token_ids(folder, config)
+    return layout, replace(config, image_token_id=image_token_id, end_token_ids=end_token_ids)
+
+
+def check_sizes(config: ModelConfig, file: Path) -> None:
+    """Raise ValueError where the sizes do not fit each other."""
+    towers = [config.vision]
+    if isinstance(config.vision, HybridConfig):
+        towers = [config.vision.low, config.vision.high]
+        if not config.vision.high.global_layers or max(config.vision.high.global_layers) >= config.vision.high.layers:
+            raise ValueError(f"{file}: global_attn_indexes do not fit {config.vision.high.layers} SAM layers")
+    for tower in towers:
+        if tower.width % tower.heads:
+            raise ValueError(f"{file}: vision width {tower.width} is no multiple of {tower.heads} heads")
+        if tower.image_size < tower.patch_size:
+            raise ValueError(f"{file}: a {tower.image_size} pixel image holds no {tower.patch_size} pixel patch")
+
+
+def find_token_ids(folder: Path, config: ModelConfig) -> tuple[int | None, tuple[int, ...]]:
+    """The image token's id and the ids that end an answer, from the files that know them.
+
+    transformers' generation_config.json names the end tokens by id; without it the tokenizer's
+    own end token counts. Where a folder has neither, nothing ends an answer but its length.
+    """
+    image_token_id, end_token_ids = config.image_token_id, ()
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(folder)
+        if image_token_id is None:
+            image_token_id = tokenizer.token_to_id("<image_placeholder>")
+        if tokenizer.eos_token_id is not None:
+            end_token_ids = (tokenizer.eos_token_id,)
+    file = folder / "generation_config.json"
+    if file.exists():
+        ids = read_json(file).get("eos_token_id")
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{file}: eos_token_id is {ids!r}, expected an integer or a list of them")
+            end_token_ids = tuple(ids)
+    return image_token_id, end_token_ids
+
+
+# ---------------------------------------------------------------------------- tensor names
+
+# A row says: this name in the checkpoint is that name in the model. The first row that fits
+# counts. `*` stands for the same text on both sides; `{a,b}` for names that the model keeps
+# as one tensor, stacked in this order along the first dimension.
+
+OFFICIAL_NAMES = [
+    ("vision_model.vision_tower_high.vision_tower.*", "vision.high.*"),
+    ("vision_model.vision_tower_low.vision_tower.*", "vision.low.*"),
+    ("vision_model.vision_tower.*", "vision.*"),
+    ("aligner.high_up_proj.*", "aligner.high_proj.*"),
+    ("aligner.low_up_proj.*", "aligner.low_proj.*"),
+    ("aligner.layers.1.*", "aligner.proj.*"),
+    ("aligner.layers.0.*", "aligner.linear1.*"),
+    ("aligner.layers.2.*", "aligner.linear2.*"),
+    ("language_model.model.*", "language.*"),
+    ("language_model.lm_head.weight", "lm_head.weight"),
+]
+
+_SAM = "model.high_res_vision_model.vision_encoder"
+_NECK = [("conv1.*", "0.*"), ("layer_norm1.*", "1.*"), ("conv2.*", "2.*"), ("layer_norm2.*", "3.*")]
+
+TRANSFORMERS_NAMES = [
+    ("model.high_res_vision_alpha", "vision.high.hd_alpha_downsamples"),
+    ("model.high_res_vision_proj.conv1.weight", "vision.high.downsamples.0.weight"),
+    ("model.high_res_vision_proj.conv2.weight", "vision.high.downsamples.1.weight"),
+    *((f"model.high_res_vision_neck.{theirs}", f"vision.high.neck_hd.{ours}") for theirs, ours in _NECK),
+    *((f"{_SAM}.neck.{theirs}", f"vision.high.neck.{ours}") for theirs, ours in _NECK),
+    (f"{_SAM}.pos_embed", "vision.high.pos_embed"),
+    (f"{_SAM}.patch_embed.projection.*", "vision.high.patch_embed.proj.*"),
+    (f"{_SAM}.layers.*.layer_norm1.*", "vision.high.blocks.*.norm1.*"),
+    (f"{_SAM}.layers.*.layer_norm2.*", "vision.high.blocks.*.norm2.*"),
+    (f"{_SAM}.layers.*", "vision.high.blocks.*"),
+    ("model.vision_model.embeddings.patch_embedding.*", "vision.patch_embed.proj.*"),
+    ("model.vision_model.embeddings.position_embedding.weight", "vision.pos_embed"),
+    ("model.vision_model.encoder.layers.*.layer_norm1.*", "vision.blocks.*.norm1.*"),
+    ("model.vision_model.encoder.layers.*.self_attn.{q,k,v}_proj.*", "vision.blocks.*.attn.qkv.*"),
+    ("model.vision_model.encoder.layers.*.self_attn.out_proj.*", "vision.blocks.*.attn.proj.*"),
+    ("model.vision_model.encoder.layers.*.layer_norm2.*", "vision.blocks.*.norm2.*"),
+    ("model.vision_model.encoder.layers.*.mlp.*", "vision.blocks.*.mlp.*"),
+    ("model.vision_model.post_layernorm.*", "vision.norm.*"),
+    ("model.aligner.high_res_vision_proj.*", "aligner.high_proj.*"),
+    ("model.aligner.vision_proj.*", "aligner.low_proj.*"),
+    ("model.aligner.*", "aligner.*"),
+    ("model.language_model.*", "language.*"),
+    ("lm_head.weight", "lm_head.weight"),
+]
+# In a hybrid the same SigLIP rows feed `vision.low.*`; files written in 2025 have one
+# "vision_model" more in SigLIP's names. `expected_tensors` knows both.
+
+
+class Layout(NamedTuple):
+    """One family of checkpoints: how to read its config, its names, and what to pass over."""
+
+    read_config: Callable[[Section], ModelConfig]
+    names: list[tuple[str, str]]
+    unused: tuple[str, ...]  # patterns of tensors that no forward pass of the original reads
+
+
+OFFICIAL = Layout(
+    official_config,
+    OFFICIAL_NAMES,
+    (
+        "vision_model.*attn_pool.*",  # SigLIP's pooling head
+        "vision_model.high_layer_norm.*",
+        "vision_model.low_layer_norm.*",
+    ),
+)
+TRANSFORMERS = Layout(transformers_config, TRANSFORMERS_NAMES, ("model.vision_model.*head.*",))
+LAYOUTS = {
+    "multi_modality": OFFICIAL,
+    "deepseek_vl": TRANSFORMERS,
+    "deepseek_vl_hybrid": TRANSFORMERS,
+}
+
+
+class Target(NamedTuple):
+    """Where a checkpoint's tensor goes: a parameter of the model, or an equal part of one."""
+
+    parameter: str
+    shape: tuple[int, ...]  # that the tensor must have
+
+
+def checkpoint_names(name: str, table: list[tuple[str, str]]) -> list[str]:
+    """The name or names that a parameter of the model has in a checkpoint."""
+    for theirs, ours in table:
+        match = re.fullmatch(re.escape(ours).replace(r"\*", "(.+)"), name)
+        if match is None:
+            continue
+        for text in match.groups():
+            theirs = theirs.replace("*", text, 1)
+        braces = re.search(r"\{(.+)\}", theirs)
+        if braces is None:
+            return [theirs]
+        return [theirs.replace(braces.group(), choice) for choice in braces.group(1).split(",")]
+    raise KeyError(name)
+
+
+def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict[str, Target]:
+    """Every tensor that a checkpoint of this layout must hold for this model.
+
+    Args:
+        found: the names that are in the files; they tell the two eras of transformers' names apart.
+    """
+    double = any(name.startswith("model.vision_model.vision_model.") for name in found)
+    expected = {}
+    for name, parameter in model.state_dict().items():
+        siglip_name = name
+        if layout is TRANSFORMERS and name.startswith("vision.low."):
+            siglip_name = name.replace("vision.low.", "vision.", 1)
+        theirs = checkpoint_names(siglip_name, layout.names)
+        shape = tuple(parameter.shape)
+        if layout is TRANSFORMERS and name.endswith("pos_embed") and len(shape) == 3:
+            shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) here
+        part_shape = (shape[0] // len(theirs), *shape[1:])
+        for their_name in theirs:
+            if double:
+                their_name = re.sub(r"^model\.vision_model\.", "model.vision_model.vision_model.", their_name)
+            expected[their_name] = Target(name, part_shape)
+    return expected
+
+
+# ---------------------------------------------------------------------------- files
+
+
+class WeightFile:
+    """One file of tensors, opened without reading them: safetensors, or a pickle of weights only.
+
+    Tensors come as views of the mapped file, so reading one costs no private memory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            if path.suffix == ".safetensors":
+                self._file = safe_open(path, framework="pt")
+                self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}
+            else:
+                self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self.shapes = {name: tuple(tensor.shape) for name, tensor in self._file.items()}
+        except Exception as error:  # both libraries raise many kinds on a damaged file
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{path}: not a readable weight file ({reason})") from None
+
+    def read(self, name: str) -> Tensor:
+        if isinstance(self._file, dict):
+            return self._file[name]
+        return self._file.get_tensor(name)
+
+
+def open_weights(folder: Path) -> dict[str, WeightFile]:
+    """Every tensor name in a folder's weights, and the file that holds it.
+
+    Takes model.safetensors, or shards with model.safetensors.index.json, or the same of
+    pytorch_model.bin, in this order.
+
+    Raises: ValueError for a missing or damaged file, or one that lacks what the index promises.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if single.exists():
+            file = WeightFile(single)
+            return dict.fromkeys(file.shapes, file)
+        if index.exists():
+            return open_shards(index)
+    raise ValueError(f"{folder}: no weights, expected model.safetensors or pytorch_model.bin, or shards and an index")
+
+
+def open_shards(index: Path) -> dict[str, WeightFile]:
+    weight_map = Section(read_json(index), str(index)).section("weight_map").values
+    files: dict[str, WeightFile] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: {name} is said to be in {shard!r}, expected a file name")
+        if shard not in files:
+            files[shard] = WeightFile(index.parent / shard)
+        if name not in files[shard].shapes:
+            raise ValueError(f"{index.parent / shard}: lacks tensor {name}, which {index.name} promises")
+    stored = {name: file for file in files.values() for name in file.shapes}
+    if stored.keys() != weight_map.keys():
+        name = min(stored.keys() - weight_map.keys())
+        raise ValueError(f"{stored[name].path}: holds tensor {name}, which {index.name} does not list")
+    return stored
+
+
+def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layout: Layout, folder: Path) -> None:
+    """Raise ValueError that names the first tensor that is missing, misshapen, or nobody's."""
+
+    def listed(names: list[str]) -> str:
+        return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+    missing = sorted(expected.keys() - files.keys())
+    if missing:
+        target = expected[missing[0]]
+        raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
+    unused = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in layout.unused]
+    extra = sorted(
+        name for name in files.keys() - expected.keys() if not any(p.fullmatch(name) for p in unused)
+    )
+    if extra:
+        raise ValueError(f"{folder}: unexpected tensor {listed(extra)}, the model of config.json has no such part")
+    for name, target in expected.items():
+        shape = files[name].shapes[name]
+        if shape != target.shape:
+            raise ValueError(
+                f"{files[name].path}: tensor {name} has shape {list(shape)}, config.json says {list(target.shape)}"
+            )
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> DeepseekVL:
+    """A checkpoint folder's model, in eval mode.
+
+    The model is built without memory, and each tensor is put in place as it is read: converted
+    and moved alone, and where dtype and device are those of the file, not copied at all.
+
+    Args:
+        dtype: of all weights; by default as stored (for files that mix: as the embedding).
+    Raises: ValueError that names the file, key or tensor, and what was expected.
+    """
+    folder = Path(path)
+    layout, config = read_layout_and_config(folder)
+    files = open_weights(folder)
+    head = checkpoint_names("lm_head.weight", layout.names)[0]
+    if head in files:  # a head that is in the file is its own tensor, whatever the config says
+        config = replace(config, language=replace(config.language, tie_word_embeddings=False))
+    with torch.device("meta"):
+        model = DeepseekVL(config)
+    expected = expected_tensors(model, layout, set(files))
+    if config.language.tie_word_embeddings:
+        del expected[head]
+    check_names(expected, files, layout, folder)
+    for name, tensor in read_parameters(expected, files, dtype, torch.device(device)):
+        module_name, _, parameter_name = name.rpartition(".")
+        setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor))
+    if config.language.tie_word_embeddings:
+        model.lm_head.weight = model.language.embed_tokens.weight
+    return model.eval()
+
+
+def read_parameters(
+    expected: dict[str, Target], files: dict[str, WeightFile], dtype: torch.dtype | None, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and value, one at a time, its parts joined."""
+    sources: dict[str, list[str]] = {}
+    for name, target in expected.items():  # the parts of one parameter follow each other
+        sources.setdefault(target.parameter, []).append(name)
+    if dtype is None:
+        embedding = sources["language.embed_tokens.weight"][0]
+        dtype = files[embedding].read(embedding).dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating point type")
+    for parameter, names in sources.items():
+        parts = [files[name].read(name) for name in names]
+        for name, part in zip(names, parts):
+            if not part.is_floating_point():
+                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected floating point")
+        parts = [part.to(device=device, dtype=dtype) for part in parts]  # no copy where nothing changes
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if parameter.endswith("pos_embed") and tensor.dim() == 2:
+            tensor = tensor[None]
+        yield parameter, tensor

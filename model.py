@@ -1,0 +1,528 @@
+"""The language model of DeepSeek-VL, and `DeepseekVL`, which lets it see.
+
+Read top to bottom, each part is met just before it is used:
+
+    configs, RMSNorm, RoPE, KV cache, attention, SwiGLU, decoder layer, decoder,
+    then DeepseekVL: image tokens in place of image placeholders, one decoder over all.
+
+    input_ids (B, T) -> embeddings (B, T, D)  <- image features (images, N, D) at the placeholders
+                     -> layers of attention and SwiGLU (B, T, D) -> logits (B, T, vocabulary)
+
+Shape letters, the same in every file:
+
+    B  batch (conversations)     T  tokens fed now   S  tokens fed so far, cached ones included
+    D  width of a token          H  query heads      d  width of a head
+    N  tokens of an image        G  key/value heads, H / G queries share one (G = H: no sharing)
+
+Papers: DeepSeek-VL (arXiv 2403.05525), Llama (2302.13971), RoFormer (2104.09864) for RoPE,
+GQA (2305.13245).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision import HybridAligner, HybridConfig, HybridTower, MLPAligner, SigLIP, SigLIPConfig, attention
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Sizes of the decoder, by the names that config.json uses. Defaults: DeepSeek-VL 7B."""
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 16384
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: eyes, language, and the two token ids that mean something to it."""
+
+    vision: SigLIPConfig | HybridConfig
+    language: LanguageConfig
+    image_token_id: int | None = None  # stands where an image token goes
+    end_token_ids: tuple[int, ...] = ()  # generation stops after any of them
+
+
+# ---------------------------------------------------------------------------- normalization
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, multiply by a learned weight; no mean, no bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same; the fused form of `equation`."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def equation(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, the division in float32 whatever the dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+# ---------------------------------------------------------------------------- positions
+
+
+def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotation (RoFormer, section 3.2.2).
+
+    Pair i of a head's d values turns by position * theta ** (-2 i / d): the first pairs fast,
+    the last ones slowly. Always in float32: bfloat16 cannot tell position 257 from 258.
+
+    Args:
+        position_ids: (B, T) integers.
+    Returns: cos and sin, float32 (B, 1, T, d / 2); the 1 stands for the heads.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (pairs / head_dim)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + d/2]) by its angle: the half-split layout.
+
+    Args:
+        x: (B, H, T, d); cos, sin: (B, 1, T, d / 2), of x's dtype.
+    Returns: (B, H, T, d).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions that count from the first real token, so left padding does not shift a text.
+
+    Args:
+        attention_mask: (B, S), 1 for real tokens and 0 for padding.
+    Returns: (B, S) int64; padding gets 0, which nobody sees.
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def visible_keys(T: int, S: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of S keys each of the last T tokens may attend to.
+
+    A token sees itself and what came before it, except padding. (A padding token sees itself
+    too: a row that sees nothing has no softmax.)
+
+    Args:
+        attention_mask: (B, S), 1 for real tokens, or None where nothing is padding.
+    Returns: bool (B or 1, 1, T, S); None where plain causal attention says it all.
+    """
+    if attention_mask is None and (T == 1 or T == S):
+        return None
+    key = torch.arange(S, device=device)
+    query = key[S - T :, None]
+    visible = (key <= query)[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)
+    return visible
+
+
+# ---------------------------------------------------------------------------- KV cache
+
+
+class KVCache:
+    """What attention needs of the tokens already fed: their rotated keys, and their values.
+
+    Memory for `capacity` tokens is taken once; tokens are then written in place, so no step
+    copies what is there. Position `length` is where the next token goes, for every row of the
+    batch alike: rows of different lengths are padded on the left, and the padding is masked.
+
+    Args:
+        config: of the decoder; one pair of tensors (B, G, capacity, d) is made a layer.
+    """
+
+    def __init__(
+        self, config: LanguageConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ):
+        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.capacity = capacity
+        self.length = 0
+        self.layers = [
+            tuple(torch.empty(shape, dtype=dtype, device=device) for _ in ("key", "value"))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write one layer's new tensors (B, G, T, d); return views of all so far, (B, G, S, d).
+
+        `length` moves only in `advance`, once all layers have written.
+
+        Raises: ValueError where the tokens do not fit.
+        """
+        end = self.length + new[0].shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were fed")
+        for stored, tensor in zip(self.layers[layer], new):
+            stored[:, :, self.length : end] = tensor
+        return tuple(stored[:, :, :end] for stored in self.layers[layer])
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+# ---------------------------------------------------------------------------- decoder
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RoPE and grouped key/value heads."""
+
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        D, q_width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(D, q_width, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, D, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cache: KVCache | None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2); visible: see `visible_keys`.
+        Returns: (B, T, D), and the weights (B, H, T, S) if wanted.
+        """
+        q = self._split(self.q_proj(x), self.heads)  # (B, H, T, d)
+        k = self._split(self.k_proj(x), self.kv_heads)  # (B, G, T, d)
+        v = self._split(self.v_proj(x), self.kv_heads)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, d)
+        out, weights = causal_attention(q, k, v, visible, want_weights)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """(B, T, heads * d) -> (B, heads, T, d)."""
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, want_weights: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The last T tokens attend to all S: fused, or written out where the weights are wanted.
+
+    Args:
+        q: (B, H, T, d); k, v: (B, G, S, d); visible: see `visible_keys`.
+    Returns: (B, H, T, d), and (B, H, T, S) or None.
+    """
+    T, S = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if not want_weights:
+        causal = visible is None and T > 1
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=grouped), None
+    if grouped:  # repeat each key/value head for the queries that share it
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if visible is None:
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
+    return attention(q, k, v, bias)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the gate decides how much of each hidden value passes."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, *attention_args) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) and the attention weights; arguments as of `Attention`."""
+        attended, weights = self.self_attn(self.input_layernorm(x), *attention_args)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), weights
+
+
+class Decoder(nn.Module):
+    """The language model from embeddings to the last normalized hidden state."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        visible: Tensor | None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """
+        Args:
+            x: (B, T, D) embeddings; position_ids: (B, T); visible: see `visible_keys`.
+        Returns: the last hidden state (B, T, D); if asked for, the embeddings, the output of
+            every layer but the last, and the normalized last one; and every layer's weights.
+        """
+        cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        rope = cos.to(x.dtype), sin.to(x.dtype)
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
+            x, weights = layer(x, rope, visible, cache, output_attentions)
+            attentions.append(weights)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        x = self.norm(x)
+        return (
+            x,
+            (*hidden_states, x) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+
+# ---------------------------------------------------------------------------- packed weights
+
+
+class PackedLinear(nn.Module):
+    """A bfloat16 nn.Linear whose weight lies in memory in the order in which the CPU's matmul reads it.
+
+    oneDNN's kernels want the weight cut into blocks. Given a plain matrix they cut it anew at every
+    call, which at one token a step costs as much as the multiplication. So it is done once here, with
+    the operators that torch's own compiler uses. The arithmetic is that of nn.Linear; what is lost is
+    the plain weight, so pack a model that is to answer, not to learn or to be saved.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque
+        self.bias = linear.bias
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this is a plain linear layer that the packed kernels of this machine can do."""
+        if not isinstance(module, nn.Linear) or module.weight.dtype != torch.bfloat16:
+            return False
+        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both bfloat16."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every linear layer inside `module` that can be packed, one at a time."""
+    for name, child in module.named_children():
+        if PackedLinear.suits(child):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)
+
+
+# ---------------------------------------------------------------------------- the whole model
+
+
+@dataclass
+class Output:
+    """What a forward pass gives.
+
+    logits (B, T or logits_to_keep, vocabulary); loss, a scalar, where labels were given;
+    hidden_states, one more than layers, each (B, T, D); attentions, one a layer, (B, H, T, S).
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class DeepseekVL(nn.Module):
+    """DeepSeek-VL: a vision tower, an aligner, a decoder and its head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        D = config.language.hidden_size
+        if isinstance(config.vision, HybridConfig):
+            self.vision = HybridTower(config.vision)
+            high_width, low_width = config.vision.high.downsample_channels[-1], config.vision.low.width
+            self.aligner = HybridAligner(high_width, low_width, D)
+        else:
+            self.vision = SigLIP(config.vision)
+            self.aligner = MLPAligner(config.vision.width, D)
+        self.language = Decoder(config.language)
+        self.lm_head = nn.Linear(D, config.language.vocab_size, bias=False)
+        if config.language.tie_word_embeddings:
+            self.lm_head.weight = self.language.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.embed_tokens.weight.device
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache of the model's dtype, on its device."""
+        return KVCache(self.config.language, batch_size, capacity, self.dtype, self.device)
+
+    def pack(self) -> DeepseekVL:
+        """Make a bfloat16 model on a CPU faster, for good; see `PackedLinear`. Elsewhere do nothing."""
+        pack_linears(self)
+        return self
+
+    def encode_images(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """See: the picture part of a batch -> features in the language model's width.
+
+        Args:
+            batch: `pixel_values` (images, 3, size, size). For a hybrid tower either in [0, 1]
+                at the high resolution, as the official processor gives them, or normalized at
+                the low one, beside `high_res_pixel_values`, as transformers' processor does.
+        Returns: one (N, D) tensor an image, in the order of the batch.
+        """
+        pixels, high_pixels = batch["pixel_values"], batch.get("high_res_pixel_values")
+        pixels = pixels.to(self.device)
+        if not isinstance(self.vision, HybridTower):
+            features = self.aligner(self.vision(pixels.to(self.dtype)))
+        else:
+            if high_pixels is None:
+                high_pixels, pixels = self.vision.split(pixels)
+            high_pixels = high_pixels.to(self.device, self.dtype)
+            features = self.aligner(*self.vision(high_pixels, pixels.to(self.dtype)))
+        return list(features)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        high_res_pixel_values: Tensor | None = None,
+        images_seq_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Token embeddings, with image features in place of the image tokens.
+
+        Args:
+            input_ids: (B, T); pixels: see `encode_images`.
+            images_seq_mask: bool (B, T), where image features go, in reading order over the
+                batch; by default wherever the image token stands.
+        Returns: (B, T, D).
+        Raises: ValueError where places and features differ in number.
+        """
+        embeddings = self.language.embed_tokens(input_ids.to(self.device))
+        if pixel_values is None:
+            return embeddings
+        features = self.encode_images(
+            {"pixel_values": pixel_values, "high_res_pixel_values": high_res_pixel_values}
+        )
+        if images_seq_mask is None:
+            if self.config.image_token_id is None:
+                raise ValueError("pixel_values need images_seq_mask: this model's config names no image token")
+            images_seq_mask = input_ids == self.config.image_token_id
+        features = torch.cat(features)
+        places = int(images_seq_mask.sum())
+        if places != len(features):
+            raise ValueError(f"{len(features)} image features for {places} image tokens in input_ids")
+        return embeddings.masked_scatter(images_seq_mask.to(self.device)[..., None], features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        high_res_pixel_values: Tensor | None = None,
+        images_seq_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """One pass over T tokens, after those already in `cache`.
+
+        Args:
+            input_ids: (B, T), with the pixels and mask of `embed`; or
+            inputs_embeds: (B, T, D) in their place.
+            attention_mask: (B, S), cached tokens included: 1 for real tokens, 0 for padding,
+                which goes on the left. None where nothing is padding.
+            position_ids: (B, T); by default counted from each row's first real token.
+            labels: (B, T), what each token should have been predicted as by the one before
+                it; -100 is ignored.
+            logits_to_keep: logits for the last so many tokens alone; 0 for all.
+        Raises: ValueError for both or neither of input_ids and inputs_embeds, for a mask of
+            another length than the tokens, and for labels without all logits.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need all logits: logits_to_keep must be 0")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, high_res_pixel_values, images_seq_mask)
+        T = inputs_embeds.shape[1]
+        past = cache.length if cache is not None else 0
+        S = past + T
+        if attention_mask is not None:
+            if attention_mask.shape[1] != S:
+                raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, there are {S}")
+            attention_mask = attention_mask.to(self.device)
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = torch.arange(past, S, device=self.device)[None]
+            else:
+                position_ids = positions_from_mask(attention_mask)[:, past:]
+        visible = visible_keys(T, S, attention_mask, self.device)
+        x, hidden_states, attentions = self.language(
+            inputs_embeds, position_ids, visible, cache, output_hidden_states, output_attentions
+        )
+        logits = self.lm_head(x[:, -logits_to_keep:])  # [-0:] is all of them
+        loss = None
+        if labels is not None:
+            predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(self.device)
+            loss = F.cross_entropy(predicted.float(), expected, ignore_index=-100)
+        return Output(logits, loss, hidden_states, attentions)

@@ -1,0 +1,487 @@
+"""The eyes of DeepSeek-VL: from pixels to image tokens of the language model's width.
+
+Read top to bottom, each part is met just before it is used:
+
+    SigLIP         a plain vision transformer at low resolution (all models)
+    SAM            the Segment Anything encoder at high resolution (DeepSeek-VL 7B)
+    HybridTower    both of them looking at one picture (7B)
+    MLPAligner, HybridAligner    into the language model's width
+
+    1.3B  (B, 3, 384, 384) -> SigLIP (B, 576, 1024) -> MLPAligner (B, 576, 2048)
+    7B    (B, 3, 1024, 1024) -> SAM (B, 576, 1024) and SigLIP (B, 576, 1024)
+                             -> HybridAligner (B, 576, 4096)
+
+Shape letters, the same in every file:
+
+    B  batch (here: images)      T  tokens           D  width of a token
+    N  patches of an image       H  attention heads  d  width of a head, D = H * d
+    g  side of a grid, N = g * g C  channels         w  side of an attention window
+
+Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), SigLIP (2303.15343), Segment
+Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows and the neck. This
+file imports torch alone, so it can be lifted out as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6  # every LayerNorm in these towers; torch's own default is 1e-5
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    """Sizes of a SigLIP tower. The defaults are SigLIP-L/16 at 384, as in DeepSeek-VL."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    gelu: str = "none"  # torch's name for the form of GELU: "none" is exact, "tanh" the approximation
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side; pixels beyond the last whole patch are dropped."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class SAMConfig:
+    """Sizes of the SAM tower with DeepSeek's additions. The defaults are those of the 7B."""
+
+    image_size: int = 1024
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    window: int = 14
+    global_layers: tuple[int, ...] = (2, 5, 8, 11)
+    neck_channels: int = 256
+    downsample_channels: tuple[int, int] = (512, 1024)
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+# ---------------------------------------------------------------------------- shared parts
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale + bias) v, written out; the scale is 1 / sqrt(d) unless given.
+
+    The reference for `scaled_dot_product_attention`, which the models call because it never
+    holds all the weights at once; the tests check that the two agree.
+
+    Args:
+        q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
+        bias: broadcastable to (B, H, queries, keys); minus infinity hides a key.
+    Returns: the result (B, H, queries, any) and the weights (B, H, queries, keys).
+    """
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each: a convolution whose stride is its size."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, D, g, g)."""
+        return self.proj(pixels)
+
+
+# ---------------------------------------------------------------------------- SigLIP
+
+
+class SigLIPAttention(nn.Module):
+    """Multi-head self-attention; every patch sees every patch."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # = attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class SigLIPMLP(nn.Module):
+    """Linear, GELU, Linear: exact GELU in DeepSeek-VL, the tanh form in DeepSeek-VL2."""
+
+    def __init__(self, width: int, hidden: int, gelu: str):
+        super().__init__()
+        self.gelu = gelu
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
+
+class SigLIPBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = SigLIPAttention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = SigLIPMLP(config.width, config.mlp_width, config.gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SigLIP(nn.Module):
+    """SigLIP's image tower, all patch tokens out.
+
+    There is no class token, and the pooling head that SigLIP was trained with is not used
+    here, though its tensors are in the checkpoints.
+    """
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.pos_embed = nn.Parameter(torch.randn(1, config.grid**2, config.width) * 0.02)
+        self.blocks = nn.ModuleList(SigLIPBlock(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """
+        Args:
+            pixels: (B, 3, image_size, image_size), normalized.
+        Returns: (B, N, D), patches row by row.
+        """
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------- SAM
+
+
+def window_partition(x: Tensor, window: int) -> Tensor:
+    """Cut a grid into windows, after padding it with zeros on the right and at the bottom.
+
+    64 x 64 does not divide by 14, so it becomes 70 x 70: 25 windows. The padding is not
+    masked: its keys are not zero (they have the projection's bias), so it takes part in
+    the attention, and the trained weights expect that.
+
+    Args:
+        x: (B, height, width, D).
+    Returns: (B * windows, window, window, D).
+    """
+    B, height, width, D = x.shape
+    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = x.shape[1] // window, x.shape[2] // window
+    x = x.view(B, rows, window, columns, window, D).transpose(2, 3)
+    return x.reshape(-1, window, window, D)
+
+
+def window_unpartition(windows: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Undo `window_partition`: (B * windows, window, window, D) -> (B, height, width, D)."""
+    rows, columns = -(-height // window), -(-width // window)
+    x = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, rows * window, columns * window, windows.shape[-1])[:, :height, :width]
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """For each query and key coordinate along one axis, the learned vector of their offset.
+
+    Args:
+        table: (2 * size - 1, d), row `query - key + size - 1` for that offset.
+    Returns: (size, size, d), indexed by [query, key].
+    """
+    coordinates = torch.arange(size, device=table.device)
+    return table[coordinates[:, None] - coordinates[None, :] + size - 1]
+
+
+def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of the decomposed relative position bias (ViTDet, section 3).
+
+        bias[(qh, qw), (kh, kw)] = q . table_h[qh - kh] + q . table_w[qw - kw]
+
+    The query is the unscaled one.
+
+    Args:
+        q: (B, H, g, g, d); table_h, table_w: (2 g - 1, d).
+    Returns: bias by key row and by key column, each (B, H, g, g, g).
+    """
+    g = q.shape[2]
+    by_row = torch.einsum("bhyxd,ykd->bhyxk", q, relative_positions(table_h, g))
+    by_column = torch.einsum("bhyxd,xkd->bhyxk", q, relative_positions(table_w, g))
+    return by_row, by_column
+
+
+class SAMAttention(nn.Module):
+    """Self-attention over a square grid, with decomposed relative positions."""
+
+    def __init__(self, width: int, heads: int, grid: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, g, g, D) -> (B, g, g, D)."""
+        B, g, _, D = x.shape
+        d = D // self.heads
+        qkv = self.qkv(x).view(B, g * g, 3, self.heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
+        by_row, by_column = relative_bias(q.unflatten(2, (g, g)), self.rel_pos_h, self.rel_pos_w)
+        out = attention_in_row_blocks(q, k, v, by_row, by_column)
+        return self.proj(out.transpose(1, 2).reshape(B, g, g, D))
+
+
+def attention_in_row_blocks(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int = 2**24
+) -> Tensor:
+    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], in bounded memory.
+
+    In a global layer of the 7B the bias alone would be (12, 4096, 4096): 400 MB in 16 bits.
+    Query rows do not depend on each other, so a few grid rows of queries at a time see all
+    keys, and at most `limit` values of bias exist at once (or one grid row's, if that is more).
+
+    Args:
+        q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
+    Returns: (B, H, g * g, d).
+    """
+    B, H, N, d = q.shape
+    g = by_row.shape[2]
+    step = max(1, limit // (B * H * g * N))  # grid rows of queries at a time
+    out = []
+    for start in range(0, g, step):
+        rows = slice(start, start + step)
+        bias = by_row[:, :, rows, :, :, None] + by_column[:, :, rows, :, None, :]
+        bias = bias.reshape(B, H, -1, N)  # (B, H, rows * g, N)
+        queries = q[:, :, start * g : (start + step) * g]
+        out.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias))
+    return torch.cat(out, dim=2)
+
+
+class SAMMLP(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.lin1 = nn.Linear(width, hidden)
+        self.lin2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class SAMBlock(nn.Module):
+    """Pre-norm block on a grid; `window` 0 means global attention.
+
+    Windows are cut after the norm, so the padding really is zeros.
+    """
+
+    def __init__(self, config: SAMConfig, window: int):
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = SAMAttention(config.width, config.heads, window or config.grid)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = SAMMLP(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, g, g, D) -> (B, g, g, D)."""
+        y = self.norm1(x)
+        if self.window:
+            y = self.attn(window_partition(y, self.window))
+            y = window_unpartition(y, self.window, *x.shape[1:3])
+        else:
+            y = self.attn(y)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, height, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def make_neck(width: int, channels: int) -> nn.Sequential:
+    """1x1 convolution, norm, 3x3 convolution, norm: (B, width, g, g) -> (B, channels, g, g)."""
+    return nn.Sequential(
+        nn.Conv2d(width, channels, kernel_size=1, bias=False),
+        ChannelNorm(channels, eps=LAYER_NORM_EPS),
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+        ChannelNorm(channels, eps=LAYER_NORM_EPS),
+    )
+
+
+class SAM(nn.Module):
+    """SAM-B's image encoder and what DeepSeek-VL builds on it (DeepSeek-VL, section 3.1).
+
+    The 64 x 64 grid must become as many tokens as SigLIP's 24 x 24, so that the aligner can
+    join them one to one. Two convolutions of stride 2 divide a side by four, hence the neck's
+    output is first resized to 4 x 24 = 96.
+
+    Fine detail fades on the way up the tower. So the output of the first global layer takes a
+    second path: its own neck (`neck_hd`), the same resizing and the same two convolutions. It
+    is added times one learned scalar, `hd_alpha_downsamples` (alpha), which starts at zero:
+    training decides how much of the early features to let in.
+    """
+
+    def __init__(self, config: SAMConfig, tokens_per_side: int):
+        super().__init__()
+        self.config = config
+        self.tokens_per_side = tokens_per_side
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.pos_embed = nn.Parameter(torch.randn(1, config.grid, config.grid, config.width) * 0.02)
+        self.blocks = nn.ModuleList(
+            SAMBlock(config, window=0 if i in config.global_layers else config.window)
+            for i in range(config.layers)
+        )
+        self.neck = make_neck(config.width, config.neck_channels)
+        self.neck_hd = make_neck(config.width, config.neck_channels)
+        channels = (config.neck_channels, *config.downsample_channels)
+        self.downsamples = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False)
+            for c_in, c_out in zip(channels, channels[1:])
+        )
+        self.hd_alpha_downsamples = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """
+        Args:
+            pixels: (B, 3, image_size, image_size), normalized.
+        Returns: (B, tokens_per_side ** 2, C), C = downsample_channels[-1], row by row.
+        """
+        x = self.patch_embed(pixels).permute(0, 2, 3, 1) + self.pos_embed  # (B, g, g, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == self.config.global_layers[0]:
+                early = x
+        late = self._tokens(self.neck, x)
+        early = self._tokens(self.neck_hd, early)
+        return late + early * self.hd_alpha_downsamples
+
+    def _tokens(self, neck: nn.Module, x: Tensor) -> Tensor:
+        """(B, g, g, D) -> (B, tokens_per_side ** 2, C): neck, resize, two strided convolutions."""
+        x = neck(x.permute(0, 3, 1, 2))  # (B, 256, 64, 64)
+        side = 4 * self.tokens_per_side
+        x = F.interpolate(x.float(), size=(side, side), mode="bilinear", align_corners=False).to(x.dtype)
+        for conv in self.downsamples:
+            x = conv(x)  # (B, 512, 48, 48), then (B, 1024, 24, 24); no activation between
+        return x.flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------- hybrid tower
+
+
+@dataclass(frozen=True)
+class PixelNorm:
+    """Mean and standard deviation a channel, for pixels in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, height, width) -> the same shape, (pixels - mean) / std."""
+        mean, std = (pixels.new_tensor(x).view(3, 1, 1) for x in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """The 7B's two towers and how each wants its pixels."""
+
+    low: SigLIPConfig = SigLIPConfig()
+    high: SAMConfig = SAMConfig()
+    low_norm: PixelNorm = PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    high_norm: PixelNorm = PixelNorm(
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
+
+
+class HybridTower(nn.Module):
+    """SAM for detail at high resolution, SigLIP for meaning at low resolution."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.config = config
+        self.high = SAM(config.high, tokens_per_side=config.low.grid)
+        self.low = SigLIP(config.low)
+
+    def split(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """One picture in [0, 1] -> what each tower takes, normalized its own way.
+
+        Args:
+            pixels: (B, 3, 1024, 1024) in [0, 1].
+        Returns: high (B, 3, 1024, 1024) and low (B, 3, 384, 384), float32.
+        """
+        pixels = pixels.float()
+        size = (self.config.low.image_size, self.config.low.image_size)
+        low = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return self.config.high_norm(pixels), self.config.low_norm(low)
+
+    def forward(self, high_pixels: Tensor, low_pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            high_pixels, low_pixels: as `split` returns them, in the weights' dtype.
+        Returns: SAM's and SigLIP's tokens, (B, N, C) each, patch for patch of the same place.
+        """
+        return self.high(high_pixels), self.low(low_pixels)
+
+
+# ---------------------------------------------------------------------------- aligners
+
+
+class MLPAligner(nn.Module):
+    """Vision width to language width: Linear, exact GELU, Linear (1.3B)."""
+
+    def __init__(self, vision_width: int, language_width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(vision_width, language_width)
+        self.linear2 = nn.Linear(language_width, language_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, vision width) -> (B, N, language width)."""
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+class HybridAligner(nn.Module):
+    """Each tower to half the language width, joined high first, exact GELU, Linear (7B)."""
+
+    def __init__(self, high_width: int, low_width: int, language_width: int):
+        super().__init__()
+        self.high_proj = nn.Linear(high_width, language_width // 2)
+        self.low_proj = nn.Linear(low_width, language_width // 2)
+        self.proj = nn.Linear(language_width, language_width)
+
+    def forward(self, high: Tensor, low: Tensor) -> Tensor:
+        """(B, N, high width), (B, N, low width) -> (B, N, language width)."""
+        x = torch.cat((self.high_proj(high), self.low_proj(low)), dim=-1)
+        return self.proj(F.gelu(x))
