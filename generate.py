@@ -351,7 +351,7 @@ def run(args: argparse.Namespace, note) -> None:
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
     text = TextStream(processor.tokenizer)
-    start, first, count, last = time.perf_counter(), None, 0, "\n"
+    start, first, count, last = time.perf_counter(), None, 0, ""
     try:
         for new in stream(model, batch, **options):
             if first is None:
@@ -362,10 +362,10 @@ def run(args: argparse.Namespace, note) -> None:
             last = piece or last
             print(piece, end="", flush=True)
     finally:  # also after Ctrl-C: what was produced ends as whole lines
-        piece = text.finish()
-        last = piece or last
-        print(piece, end="" if last.endswith("\n") and count else "\n", flush=True)
         if first is not None:
+            piece = text.finish()
+            last = piece or last
+            print(piece, end="" if last.endswith("\n") else "\n", flush=True)
             now = time.perf_counter()
             rate = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 else ""
             note(f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n")

@@ -240,14 +240,34 @@ def causal_attention(
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if not want_weights:
+        if T == 1 and q.device.type == "cpu":
+            return one_token_attention(q, k, v, visible), None
         causal = visible is None and T > 1
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=grouped), None
     if grouped:  # repeat each key/value head for the queries that share it
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if visible is None:
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
-    return attention(q, k, v, bias)
+    return attention(q, k, v, minus_infinity_where_hidden(visible, q.dtype))
+
+
+def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """A decode step's attention on a CPU: written out in float32, three times as fast as fused there.
+
+    Queries that share a key/value head are laid out as if they were tokens of it, so nothing is repeated.
+
+    Args and result: as `causal_attention`, with T = 1.
+    """
+    B, H, _, d = q.shape
+    shared = q.view(B, k.shape[1], H // k.shape[1], d)  # (B, G, H / G, d)
+    bias = None if visible is None else minus_infinity_where_hidden(visible, torch.float32)
+    out, _ = attention(shared.float(), k.float(), v.float(), bias)
+    return out.to(q.dtype).reshape(B, H, 1, -1)
+
+
+def minus_infinity_where_hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as a bias for the scores."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 class SwiGLU(nn.Module):
@@ -351,6 +371,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both bfloat16."""
+        if x.shape[:-1].numel() == 1:  # one row is slower than four: it does not use the blocks
+            four = x.reshape(1, -1).expand(4, -1).contiguous()
+            return self.multiply(four)[:1].view(*x.shape[:-1], -1)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

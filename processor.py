@@ -1,0 +1,985 @@
+"""From a conversation with pictures to the tensors that DeepSeek-VL and DeepSeek-VL2 read.
+
+In the order the data meets it:
+
+1. `load_image`: a path, an address or a PIL image becomes an upright RGB picture.
+2. Pixels: the picture becomes square float32 inputs (DeepSeek-VL) or tiles (DeepSeek-VL2).
+3. `load_tokenizer`: byte-level byte-pair encoding by hand; SentencePiece where a checkpoint ships that.
+4. Prompts: a conversation becomes pieces of text, each either learnt in training or not.
+5. `Processor`: all of it together, for a batch of conversations padded on the left.
+
+Shape letters: B batch (conversations), T tokens of the longest prompt; sides in pixels are spelled out.
+Sources: DeepSeek-VL (arXiv 2403.05525), DeepSeek-VL2 (arXiv 2412.10302) and their released code;
+byte-pair encoding: arXiv 1508.07909; its byte-level form: the GPT-2 report (2019).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import threading
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapify, heappop, heappush
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises FileNotFoundError or ValueError, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+# --------------------------------------------------------------------------------------- 1. Pictures in
+
+# Raster formats whose decoders run nothing external and whose header states the size that will be
+# decoded. Pillow's others include EPS, which starts Ghostscript, and containers of other files.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_SIDE = 65_535
+MAX_DOWNLOAD_BYTES = 32 * 2**20
+DOWNLOAD_SECONDS = 30.0
+HTTP_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # what undoes each orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
+    """An RGB picture as a viewer would show it: upright, transparency on white, first frame.
+
+    `source` is a path, an http(s) address or a PIL image. Raises FileNotFoundError for a missing
+    file and ValueError, naming the source, for anything else that cannot be shown. A picture over
+    MAX_IMAGE_PIXELS is refused from its header, before memory is spent on decoding it.
+    """
+    if isinstance(source, Image.Image):
+        return decode_image(source, "image")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"an image must be a path, an address or a PIL image, not a {type(source).__name__}")
+    name = os.fspath(source)
+    if HTTP_ADDRESS.match(name):
+        file = io.BytesIO(download(name))
+    elif re.match(r"\w+://", name):
+        raise ValueError(f"{name}: only http and https addresses are read")
+    elif not os.path.exists(name):
+        raise FileNotFoundError(f"{name}: no such image file")
+    elif not os.path.isfile(name):
+        raise ValueError(f"{name}: not a file, expected an image file")
+    else:
+        file = name
+    Image.init()  # fills Image.OPEN, so that formats this build of Pillow lacks are left out
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata and on sizes below our own limit
+        try:
+            image = Image.open(file, formats=formats)
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}") from error
+        except Exception as error:  # decoders raise whatever a broken header makes them trip over
+            raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
+        with image:
+            return decode_image(image, name)
+
+
+def decode_image(image: Image.Image, name: str) -> Image.Image:
+    """Checks an opened image's size, then decodes it and makes it upright RGB; `name` is for errors."""
+    width, height = image.size
+    if width * height == 0:
+        raise ValueError(f"{name}: an image of {width} x {height} pixels has nothing to see")
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"{name}: {width} x {height} pixels, over the limit of {MAX_IMAGE_PIXELS} pixels and {MAX_IMAGE_SIDE} a side"
+        )
+    try:
+        image.load()
+        rgb = to_rgb(image)
+    except Exception as error:  # as above: truncated or damaged data raises many types
+        raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block turns nothing; viewers show such pictures as stored
+        orientation = None
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB; transparency is composited on white, deep grey is scaled and not clipped."""
+    if image.mode == "F" or image.mode.startswith("I"):  # I;16 in either byte order, I
+        image = grey_to_8bit(image)
+    if image.mode == "LAB":
+        from PIL import ImageCms  # Image.convert has no LAB
+
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    if image.mode == "La":  # premultiplied; converts to LA alone
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(rgba, mask=rgba)
+        return white
+    return image.convert("RGB")
+
+
+def grey_to_8bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or floating point, to mode L.
+
+    The file does not say which value is white. It is taken as 65535 for integers; for floats as the
+    first of 1, 255 and 65535 that no value exceeds. Values outside any of those (negative, or
+    larger) are stretched from the darkest to the brightest. Transparent pixels become white.
+    """
+    values = np.asarray(image).astype(np.float64)  # (H, W)
+    values[~np.isfinite(values)] = 0.0
+    darkest, brightest = values.min(), values.max()
+    whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    white = next((white for white in whites if darkest >= 0 and brightest <= white), None)
+    if white is None:
+        values, white = values - darkest, brightest - darkest or 1.0
+    if isinstance(image.info.get("transparency"), int):
+        values[values == image.info["transparency"]] = white
+    return Image.fromarray((values * 255 / white + 0.5).astype(np.uint8))
+
+
+def download(url: str) -> bytes:
+    """The body of an http(s) address, within MAX_DOWNLOAD_BYTES and DOWNLOAD_SECONDS in all.
+
+    A socket's timeout starts anew with every byte, so a server that drips could hold a reader for
+    ever. The request runs in a thread that is waited for no longer than the limit.
+    """
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    outcome: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append(read_url(url, deadline))
+        except Exception as error:  # sockets, TLS, HTTP and URL parsing share no base class
+            outcome.append(error)
+
+    worker = threading.Thread(target=fetch, daemon=True)
+    worker.start()
+    worker.join(DOWNLOAD_SECONDS)
+    result = outcome[0] if outcome else TimeoutError(f"no complete answer within {DOWNLOAD_SECONDS:g} seconds")
+    if isinstance(result, bytes):
+        return result
+    cause = result.reason if type(result) is urllib.error.URLError else result
+    raise ValueError(f"{url}: {reason(cause) if isinstance(cause, Exception) else cause}") from result
+
+
+class StayOnHttp(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, url):
+        if not HTTP_ADDRESS.match(url):
+            raise ValueError(f"redirected to {url}, which is not an http or https address")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def read_url(url: str, deadline: float) -> bytes:
+    """One GET, redirects followed as long as they stay http(s); `deadline` on time.monotonic's clock."""
+    opener = urllib.request.build_opener(StayOnHttp)
+    too_large = ValueError(f"more than the limit of {MAX_DOWNLOAD_BYTES} bytes")
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (deepseek-vl image loader)"})
+    with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
+        if (response.length or 0) > MAX_DOWNLOAD_BYTES:  # Content-Length, which a server need not send or keep to
+            raise too_large
+        body = bytearray()
+        while chunk := response.read1(2**16):  # what has arrived, without waiting for more
+            body += chunk
+            if len(body) > MAX_DOWNLOAD_BYTES:
+                raise too_large
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return bytes(body)
+
+
+# -------------------------------------------------------------------------------------------- 2. Pixels
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture becomes one (3, side, side) input of a vision tower.
+
+    `side` and `min_size` (the least that the shorter side is resized to, before padding) are in
+    pixels, `mean` and `std` per channel of values in [0, 1], `resample` is one of PIL's filters.
+    """
+
+    side: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    normalize: bool = True
+    min_size: int = 14
+    resample: int = Image.Resampling.BICUBIC
+    rescale_factor: float = 1 / 255
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The colour of padding, 0 to 255: the mean, so that padding is near zero once normalized."""
+        return tuple(int(value * 255) for value in self.mean)
+
+
+def letterbox(image: Image.Image, size: Sequence[int], view: View) -> Image.Image:
+    """Resizes to `size` (width, height) and centres the result on a square of its longer side."""
+    side = max(size)
+    square = Image.new("RGB", (side, side), view.background)
+    square.paste(image.resize(tuple(size), view.resample), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def official_square(image: Image.Image, view: View) -> Image.Image:
+    """The longest side becomes view.side, as DeepSeek's own processor computes it."""
+    longest = max(image.size)
+    return letterbox(image, [max(int(side / longest * view.side), view.min_size) for side in image.size], view)
+
+
+def transformers_square(image: Image.Image, view: View) -> Image.Image:
+    """The same as transformers computes it: rounded to nearest, where the official one rounds down."""
+    scale = view.side / max(image.size)
+    return letterbox(image, [max(round(side * scale), view.min_size) for side in image.size], view)
+
+
+def to_tensor(image: Image.Image, view: View) -> Tensor:
+    """RGB picture (H, W) to float32 (3, H, W): in [0, 1], or minus mean over std where the view normalizes."""
+    pixels = (np.asarray(image, dtype=np.float64) * view.rescale_factor).astype(np.float32)  # (H, W, 3)
+    if view.normalize:
+        pixels = (pixels - np.float32(view.mean)) / np.float32(view.std)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def best_resolution(size: tuple[int, int], candidates: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The (width, height) among `candidates` that keeps most of a picture's pixels, the least wasteful on a tie.
+
+    Kept are the pixels of the picture scaled to fit, but never more than it has (DeepSeek-VL2, section 3.1).
+    """
+    width, height = size
+
+    def kept_and_waste(candidate: Sequence[int]) -> tuple[int, int]:
+        scale = min(candidate[0] / width, candidate[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - candidate[0] * candidate[1]
+
+    return tuple(max(candidates, key=kept_and_waste))
+
+
+def cut_tiles(image: Image.Image, resolution: tuple[int, int], view: View) -> list[Image.Image]:
+    """The whole picture as one square tile, then the picture at `resolution` as tiles row by row.
+
+    Returns 1 + tiles_high * tiles_wide pictures. Raises ValueError for a picture so thin that
+    fitting it to a tile leaves less than half a pixel.
+    """
+    longest, shortest = max(image.size), min(image.size)
+    if round(shortest / longest * view.side) == 0:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is too thin for tiles of {view.side}")
+    fit = [ImageOps.pad(image, size, view.resample, view.background) for size in ((view.side, view.side), resolution)]
+    return [fit[0]] + [
+        fit[1].crop((left, top, left + view.side, top + view.side))
+        for top in range(0, resolution[1], view.side)
+        for left in range(0, resolution[0], view.side)
+    ]
+
+
+# ----------------------------------------------------------------------------------------- 3. Tokenizer
+
+
+class Tokenizer:
+    """Text to token ids and back. What a subclass adds is `encode_text` and `token_bytes`.
+
+    Added tokens (`<image>`, end of sentence, ...) are found in the raw text before anything else, the
+    leftmost first and the longest of those that start there, in two passes as in the tokenizers
+    library: first those marked not normalized, then the others in what lies between.
+
+    bos_token_id, eos_token_id and pad_token_id are those that tokenizer_config.json names, or None.
+    """
+
+    def __init__(self, ids: dict[str, int], config: dict):
+        self.ids = ids
+        self.tokens = {id: token for token, id in ids.items()}
+        self.raw_added: dict[str, int] = {}
+        self.normalized_added: dict[str, int] = {}
+        self.special_ids: set[int] = set()
+        self.config = config
+        self._compile_added()
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that holds no added token."""
+        raise NotImplementedError
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, perhaps part of a character; b"" for an unused id."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; added tokens in the text become their ids, and no begin token is put in front."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text with a lone surrogate at position {error.start} cannot be tokenized") from error
+        ids: list[int] = []
+        for outer in self._raw_pattern.split(text):
+            if outer in self.raw_added:
+                ids.append(self.raw_added[outer])
+                continue
+            for inner in self._normalized_pattern.split(outer):
+                if inner in self.normalized_added:
+                    ids.append(self.normalized_added[inner])
+                elif inner:
+                    ids += self.encode_text(inner)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of all token_bytes joined, with U+FFFD for bytes that are not UTF-8."""
+        kept = (int(id) for id in ids)
+        if skip_special_tokens:
+            kept = (id for id in kept if id not in self.special_ids)
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
+
+    def add_special_tokens(self, tokens: Iterable[str]) -> None:
+        """Makes each token special; those the vocabulary lacks are appended after the highest id."""
+        for token in tokens:
+            if token not in self.ids:
+                self.ids[token] = self.vocab_size
+                self.tokens[self.ids[token]] = token
+            if token not in self.normalized_added:
+                self.raw_added[token] = self.ids[token]
+            self.special_ids.add(self.ids[token])
+        self._compile_added()
+
+    def _compile_added(self) -> None:
+        def either(tokens: Iterable[str]) -> re.Pattern:
+            longest_first = sorted(tokens, key=len, reverse=True)
+            return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
+
+        self._raw_pattern, self._normalized_pattern = either(self.raw_added), either(self.normalized_added)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id in use."""
+        return max(self.tokens) + 1
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.ids.get(token)
+
+    def is_special(self, id: int) -> bool:
+        return id in self.special_ids
+
+    def _named(self, role: str) -> int | None:
+        token = self.config.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.ids.get(token) if isinstance(token, str) else None
+
+    bos_token_id = property(lambda self: self._named("bos_token"))
+    eos_token_id = property(lambda self: self._named("eos_token"))
+    pad_token_id = property(lambda self: self._named("pad_token"))
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or in a tokenizer.json or tokenizer.model file.
+
+    In a folder with both, tokenizer.json is read. Names of the begin, end and padding tokens come
+    from a tokenizer_config.json beside it. Raises FileNotFoundError or ValueError, naming the file.
+    """
+    path = Path(path)
+    files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: expected a tokenizer.json or tokenizer.model")
+    config_file = file.with_name("tokenizer_config.json")
+    config = read_json(config_file) if config_file.exists() else {}
+    return SentencePiece(file, config) if file.suffix == ".model" else ByteLevelBPE(file, config)
+
+
+# Byte-level BPE writes each byte as one printable character. Bytes that are printable in Latin-1
+# stand for themselves; the other 68 (controls, space, delete, soft hyphen) take U+0100 onwards.
+PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE_BYTES}
+CHAR_TO_BYTE |= {chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYTES)}
+# DeepSeek-LLM's vocabulary has these 13 only as added tokens, spelled as one character each. Added tokens
+# are matched in the text itself, so the letter `ü` (0xFC) becomes one of them and decodes to that lone byte.
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+# The same words come again and again: ids of so many pieces, of so many characters, are kept.
+MAX_KNOWN_PIECES = 2**16
+MAX_KNOWN_LENGTH = 128
+
+
+class ByteLevelBPE(Tokenizer):
+    """Byte-level byte-pair encoding from a tokenizer.json.
+
+    A text is cut by a list of regular expressions into pieces (words, numbers, punctuation); each
+    piece starts as its UTF-8 bytes, and the neighbouring pair whose merge was learnt earliest is
+    merged, again and again, until no neighbours have a merge.
+    """
+
+    def __init__(self, file: Path, config: dict):
+        spec = read_json(file)
+        try:
+            model = spec["model"]
+            check_layout(spec)
+            super().__init__(dict(model["vocab"]), config)
+            self.split_patterns = [split_pattern(step) for step in pre_tokenizer_steps(spec)]
+            self.byte_ids = {byte: self.ids[char] for char, byte in CHAR_TO_BYTE.items() if byte not in NEVER_IN_UTF8}
+            # (left id, right id) -> rank, and rank -> id of the merged token; a low rank is merged first
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            self.ranks = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
+            self.merged_ids = [self.ids[left + right] for left, right in merges]
+            for token in spec["added_tokens"]:
+                content, id = token["content"], token["id"]
+                self.ids[content], self.tokens[id] = id, content
+                (self.normalized_added if token["normalized"] else self.raw_added)[content] = id
+                if token["special"]:
+                    self.special_ids.add(id)
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ValueError(f"{file}: not a byte-level BPE tokenizer as expected: {reason(error)}") from error
+        self._compile_added()
+        self.known_pieces: dict[str, list[int]] = {}
+
+    def encode_text(self, text: str) -> list[int]:
+        pieces = [text]
+        for pattern in self.split_patterns:
+            # split() with a group returns what lies between matches and the matches, in order
+            pieces = [part for piece in pieces for part in pattern.split(piece) if part]
+        ids: list[int] = []
+        for piece in pieces:
+            piece_ids = self.known_pieces.get(piece)
+            if piece_ids is None:
+                piece_ids = self.merge(piece)
+                if len(self.known_pieces) < MAX_KNOWN_PIECES and len(piece) <= MAX_KNOWN_LENGTH:
+                    self.known_pieces[piece] = piece_ids
+            ids += piece_ids
+        return ids
+
+    def merge(self, piece: str) -> list[int]:
+        """Ids of one piece, in n log n of its n bytes: a heap of possible merges over a linked list of tokens.
+
+        A heap entry is `rank * n + position of the left token`, so that equal ranks go left to right.
+        """
+        ids = [self.byte_ids[byte] for byte in piece.encode()]
+        n = len(ids)
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+        pairs = enumerate(zip(ids, ids[1:]))
+        heap = [self.ranks[pair] * n + left for left, pair in pairs if pair in self.ranks]
+        heapify(heap)
+        while heap:
+            rank, left = divmod(heappop(heap), n)
+            right = after[left]
+            if right == n or self.ranks.get((ids[left], ids[right])) != rank:
+                continue  # an earlier merge took one of the two
+            ids[left], ids[right] = self.merged_ids[rank], -1
+            after[left] = after[right]
+            if after[right] < n:
+                before[after[right]] = left
+            for left, right in ((before[left], left), (left, after[left])):
+                if left >= 0 and right < n and (rank := self.ranks.get((ids[left], ids[right]))) is not None:
+                    heappush(heap, rank * n + left)
+        return [id for id in ids if id >= 0]
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self.tokens.get(id, "")
+        try:
+            return bytes(CHAR_TO_BYTE[char] for char in token)
+        except KeyError:  # an added token is plain text, unless all of it happens to lie in the byte alphabet
+            return token.encode()
+
+
+def check_layout(spec: dict) -> None:
+    """Raises ValueError for a tokenizer.json with a part that ByteLevelBPE does not carry out.
+
+    `post_processor`, `truncation` and `padding` are left aside: they shape what surrounds the ids of a text.
+    """
+    model, normalizer, decoder = spec["model"], spec.get("normalizer"), spec.get("decoder")
+    if model["type"] != "BPE":
+        raise ValueError(f"model type {model['type']!r}, expected 'BPE'")
+    if not all(type(id) is int for id in model["vocab"].values()):
+        raise ValueError("a token of the vocabulary has an id that is not an integer")
+    for option in (
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+        "ignore_merges",
+    ):  # fmt: skip
+        if model.get(option):
+            raise ValueError(f"model option {option} = {model[option]!r} is not supported")
+    for token in spec["added_tokens"]:
+        if token["single_word"] or token["lstrip"] or token["rstrip"]:
+            raise ValueError(f"added token {token['content']!r} with single_word, lstrip or rstrip is not supported")
+    if normalizer and normalizer.get("normalizers") != []:
+        raise ValueError(f"normalizer {normalizer['type']!r}, expected none")
+    if decoder and decoder["type"] != "ByteLevel":
+        raise ValueError(f"decoder {decoder['type']!r}, expected 'ByteLevel'")
+
+
+def pre_tokenizer_steps(spec: dict) -> list[dict]:
+    """The steps that cut a text. ByteLevel without its flags cuts nothing: merge() starts from bytes anyway."""
+    pre_tokenizer = spec["pre_tokenizer"]
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        raise ValueError("a pre-tokenizer without ByteLevel")
+    return [step for step in steps if step["type"] != "ByteLevel" or step["add_prefix_space"] or step["use_regex"]]
+
+
+def split_pattern(step: dict) -> re.Pattern:
+    """One step of the pre-tokenizer as a pattern with one group around the whole match."""
+    if step["type"] == "Digits":
+        return re.compile(f"([{unicode_ranges()['N']}]{'' if step['individual_digits'] else '+'})")
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return re.compile(f"({python_regex(step['pattern']['Regex'])})", re.MULTILINE)  # Oniguruma's $: any line's end
+    raise ValueError(f"pre-tokenizer step {json.dumps(step)[:200]} is not supported")
+
+
+# Oniguruma's \s. Python's also takes U+001C to U+001F.
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+def python_regex(pattern: str) -> str:
+    """Oniguruma's syntax in Python's: \\p{L}, \\s and \\S as explicit ranges. What is not surely the same is refused."""
+    in_class = False
+
+    def translate(match: re.Match) -> str:
+        nonlocal in_class
+        token = match[0]
+        if token == r"\s" or match["category"] in unicode_ranges():
+            ranges = WHITE_SPACE if token == r"\s" else unicode_ranges()[match["category"]]
+            return ranges if in_class else f"[{ranges}]"
+        if token == r"\S" and not in_class:
+            return f"[^{WHITE_SPACE}]"
+        letter_escape = token[0] == "\\" and token[1].isalnum() and token[1] not in "rnt"
+        if letter_escape or token == ("[" if in_class else "("):  # a nested class; a group that captures
+            raise ValueError(f"{token!r} in the pattern {pattern[:80]!r} is not supported")
+        if token in "[]":
+            in_class = token == "["
+        return token
+
+    return re.sub(r"\\p\{(?P<category>\w+)\}|\\.|[\[\]]|\((?!\?)", translate, pattern)
+
+
+@cache
+def unicode_ranges() -> dict[str, str]:
+    """For each major category (L letters, M marks, N numbers, P punctuation, S symbols) the inside of a class.
+
+    From Python's own Unicode tables, so characters that Unicode added later than those are in no category.
+    """
+    ranges: dict[str, list[str]] = {}
+    start, current = 0, "C"
+    for code in range(0x110001):
+        category = unicodedata.category(chr(code))[0] if code < 0x110000 else ""
+        if category != current:
+            ranges.setdefault(current, []).append(f"\\U{start:08x}-\\U{code - 1:08x}")
+            start, current = code, category
+    return {category: "".join(ranges[category]) for category in "LMNPS"}
+
+
+class SentencePiece(Tokenizer):
+    """A tokenizer.model through the sentencepiece package, with the same interface.
+
+    Control pieces and tokens added later are found in the text first; the rest, user-defined pieces
+    included, is sentencepiece's. It puts a space before a text if the model was trained so, and
+    decode() keeps that space, because decode() is the tokens' bytes joined, wherever they start.
+    """
+
+    def __init__(self, file: Path, config: dict):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ValueError(f"{file}: reading this needs the sentencepiece package") from error
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{file}: not a SentencePiece model") from error
+        super().__init__({self.model.id_to_piece(id): id for id in range(self.model.get_piece_size())}, config)
+        self.add_special_tokens([token for token, id in self.ids.items() if self.model.is_control(id)])
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def token_bytes(self, id: int) -> bytes:
+        piece = self.tokens.get(id, "")
+        if id in self.special_ids or not piece:
+            return piece.encode()
+        if self.model.is_unknown(id):
+            return " \u2047 ".encode()  # what sentencepiece prints for it
+        if self.model.is_byte(id):
+            return bytes([int(piece[3:5], 16)])  # <0xE4>
+        return piece.replace("\u2581", " ").encode()
+
+
+# ------------------------------------------------------------------------------------------- 4. Prompts
+
+SYSTEM_TEXT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user"
+    " provides, and assist the user with a variety of tasks using natural language."
+)
+IMAGE_MARKER = re.compile("<image_placeholder>|<image>")
+ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+
+@dataclass
+class Piece:
+    """A stretch of the prompt; `learnt` marks what an assistant answered, end-of-sentence token included."""
+
+    text: str
+    learnt: bool = False
+
+
+def message_text(message: dict, marker: str) -> tuple[str, str, list]:
+    """A message's role (User, Assistant or System), its text with `marker` for each image, and its images.
+
+    Content is either text with markers, images beside it, or a list of parts as transformers has it.
+    """
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys() <= {"role", "content", "images"}:
+        raise ValueError(f"a message must have role, content and perhaps images, found {str(message)[:80]}")
+    role = ROLES.get(str(message["role"]).strip("<|>").lower())
+    if role is None:
+        raise ValueError(f"role {message['role']!r}: expected user, assistant or system")
+    content, images = message["content"], message.get("images") or []
+    if isinstance(content, str):
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise ValueError("the images of a message must be a list, even of one")
+        text = content.strip()
+    elif isinstance(content, Sequence) and not images:
+        text, images = join_parts(content, marker)
+    else:
+        raise ValueError("content must be text with images beside it, or a list of parts without")
+    return role, IMAGE_MARKER.sub(marker, text), list(images)
+
+
+def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
+    """transformers' parts as text: an image is its marker, a text after a text follows a space, outer ends are cut."""
+    text, images, previous = "", [], None
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            sources = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+            if len(sources) != 1:
+                raise ValueError("a part of type image must have one of image, path and url")
+            images += sources
+            text += marker
+        elif kind == "text" and isinstance(part.get("text"), str):
+            words = part["text"].lstrip() if index == 0 else part["text"]
+            words = words.rstrip() if index == len(parts) - 1 else words
+            text += f" {words}" if previous == "text" else words
+        else:
+            raise ValueError(f"a part of a message must be a text or an image, found {str(part)[:80]}")
+        previous = kind
+    return text, images
+
+
+def vl_pieces(system: str, messages: list[tuple[str, str]], end: str) -> list[Piece]:
+    """DeepSeek-VL: `{system}\\n\\nUser: {text}\\n\\nAssistant: {text}{end}...Assistant:`; no space after the last."""
+    pieces = [Piece(f"{system}\n\n")] if system else []
+    for role, text in messages:
+        if role == "Assistant":
+            pieces += [Piece("Assistant:"), Piece(f" {text}{end}", learnt=True)] if text else [Piece("Assistant:")]
+        else:
+            pieces.append(Piece(f"User: {text}\n\n" if text else "User:"))
+    return pieces
+
+
+def vl2_pieces(system: str, messages: list[tuple[str, str]], end: str) -> list[Piece]:
+    """DeepSeek-VL2: `{system}<|User|>: {text}\\n\\n<|Assistant|>: {text}{end}...<|Assistant|>:`."""
+    pieces = [Piece(system)] if system else []
+    for role, text in messages:
+        if role == "User":
+            pieces.append(Piece(f"<|User|>: {text}\n\n<|Assistant|>:" if text else "<|User|>:<|Assistant|>:"))
+        elif text:
+            pieces.append(Piece(f" {text}{end}", learnt=True))
+    return pieces
+
+
+# ------------------------------------------------------------------------------- 5. Everything together
+
+IGNORED = -100  # the label that cross_entropy skips
+VL2_SPECIAL_TOKENS = (
+    "<｜▁pad▁｜>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>", "<|User|>", "<|Assistant|>",
+)  # fmt: skip
+MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
+
+
+def read_settings(folder: Path) -> dict:
+    """What a checkpoint's preprocessor_config.json and processor_config.json say, as one dict.
+
+    transformers 5 writes the image settings inside processor_config.json and ignores the other file then.
+    """
+    settings = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            content = read_json(folder / name)
+            nested = content.pop("image_processor", None)
+            settings = {**settings, **content} if nested is None else {**nested, **content}
+    if not settings:
+        raise FileNotFoundError(f"{folder}: expected a preprocessor_config.json or processor_config.json")
+    return settings
+
+
+def read_view(settings: dict, size_key: str, default_size: int | None = None, prefix: str = "") -> View:
+    """A View from a checkpoint's settings; raises ValueError naming the key that is not as expected."""
+    size = settings.get(size_key, default_size)
+    view = View(
+        side=size["height"] if isinstance(size, dict) and size["height"] == size["width"] else size,
+        mean=tuple(settings.get(f"{prefix}image_mean", CLIP_MEAN)),
+        std=tuple(settings.get(f"{prefix}image_std", CLIP_STD)),
+        normalize=settings.get("do_normalize", True),
+        min_size=settings.get("min_size", 14),
+        resample=settings.get(f"{prefix}resample", Image.Resampling.BICUBIC),
+        rescale_factor=settings.get("rescale_factor", 1 / 255),
+    )
+    number = (int, float)
+    expected = {
+        size_key: type(view.side) is int and view.side > 0,
+        f"{prefix}image_mean": len(view.mean) == 3 and all(type(mean) in number for mean in view.mean),
+        f"{prefix}image_std": len(view.std) == 3 and all(type(std) in number and std != 0 for std in view.std),
+        "do_normalize": type(view.normalize) is bool,
+        "min_size": type(view.min_size) is int and view.min_size > 0,
+        f"{prefix}resample": view.resample in range(6),
+        "rescale_factor": type(view.rescale_factor) in number,
+    } | {key: settings.get(key, True) is True for key in ("do_resize", "do_rescale", "do_pad")}
+    for key, fine in expected.items():
+        if not fine:
+            raise ValueError(f"{key} = {settings.get(key)!r} in the image processor's settings is not supported")
+    return view
+
+
+class Processor:
+    """Conversations to a batch for the model, and ids back to text, as a checkpoint's files say.
+
+    A conversation is a list of messages `{"role", "content", "images"}`: role user, assistant or
+    system (or as the originals spell them: User, <|User|>, ...), content a text with `<image>` or
+    `<image_placeholder>` where each image goes. Or `{"role", "content": [parts]}`, each part
+    `{"type": "text", "text"}` or `{"type": "image", "image" | "path" | "url"}`. A system message
+    comes first and replaces the checkpoint's system text. A conversation ends with the prompt for
+    an answer, unless it ends with an answer, as for training.
+
+    Four kinds of checkpoint, by config.json's model_type: multi_modality (DeepSeek-VL as DeepSeek
+    published it), deepseek_vl and deepseek_vl_hybrid (1.3B and 7B as transformers writes them), and
+    deepseek_vl_v2. Raises ValueError or FileNotFoundError, naming the file, for anything else.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        folder = Path(path)
+        config = read_json(folder / "config.json")
+        self.model_type = config.get("model_type")
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type {self.model_type!r}, expected one of {', '.join(MODEL_TYPES)}"
+            )
+        settings = read_settings(folder)
+        self.mask_prompt = settings.get("mask_prompt", True)
+        self.is_vl2 = self.model_type == "deepseek_vl_v2"
+        language = config.get("language_config") or config.get("text_config") or {}
+        try:
+            self.max_positions = int(language.get("max_position_embeddings", 4096 if self.is_vl2 else 16384))
+            self._read_image_settings(settings, config)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{folder}: in config.json or the processor's files: {reason(error)}") from error
+
+        self.tokenizer = load_tokenizer(folder)
+        self.image_token = "<image>" if self.is_vl2 else "<image_placeholder>"
+        self.tokenizer.add_special_tokens(VL2_SPECIAL_TOKENS if self.is_vl2 else [self.image_token])
+        self.image_token_id = self.tokenizer.token_to_id(self.image_token)
+        if config.get("image_token_id", self.image_token_id) != self.image_token_id:
+            raise ValueError(
+                f"{folder / 'config.json'}: image_token_id {config['image_token_id']}, but {self.image_token}"
+                f" is token {self.image_token_id} of the tokenizer"
+            )
+        self.bos_token_id, self.eos_token_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.bos_token_id is None or self.eos_token_id is None:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: expected a bos_token and an eos_token of the vocabulary")
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_id if pad is None else pad
+
+    def _read_image_settings(self, settings: dict, config: dict) -> None:
+        if settings.get("sft_format", "deepseek") != "deepseek" or settings.get("add_special_token"):
+            raise ValueError("sft_format must be 'deepseek' and add_special_token false in processor_config.json")
+        if self.is_vl2:
+            self.candidate_resolutions = settings.get("candidate_resolutions") or config["candidate_resolutions"]
+            side = self.candidate_resolutions[0][0]
+            if any(length <= 0 or length % side for size in self.candidate_resolutions for length in size):
+                raise ValueError(f"candidate_resolutions: expected multiples of the tile's side, {side}")
+            half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": settings.get("normalize", True)}
+            self.view = read_view({**half, **settings, "tile": side}, "tile")
+            self.tile_tokens = math.ceil(side // settings["patch_size"] / settings["downsample_ratio"])
+            return
+        official = self.model_type == "multi_modality"
+        self.view = read_view(settings, "image_size") if official else read_view(settings, "size", 384)
+        if self.model_type == "deepseek_vl_hybrid":
+            self.high_res_view = read_view(settings, "high_res_size", 1024, prefix="high_res_")
+        self.num_image_tokens = settings.get("num_image_tokens", 576)
+        if type(self.num_image_tokens) is not int or self.num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens = {self.num_image_tokens!r}, expected a positive integer")
+
+    def image_inputs(self, image: Image.Image, tiled: bool = True) -> tuple[dict[str, Tensor], int]:
+        """One RGB picture's tensors, each with the picture (or its tiles) first, and how many tokens it takes.
+
+        pixel_values float32 (1, 3, side, side); with deepseek_vl_hybrid also high_res_pixel_values. For
+        DeepSeek-VL2 pixel_values is (1 + tiles, 3, side, side), the whole picture first, and
+        images_spatial_crop int64 (1, 2) says how many tiles wide and high; `tiled` False takes one.
+        """
+        view = self.view
+        if self.is_vl2:
+            resolution = best_resolution(image.size, self.candidate_resolutions) if tiled else (view.side, view.side)
+            pixels = torch.stack([to_tensor(tile, view) for tile in cut_tiles(image, resolution, view)])
+            wide, high = resolution[0] // view.side, resolution[1] // view.side
+            h = self.tile_tokens  # the grid of one tile is h x h; every row of a grid ends with a newline token
+            n_tokens = h * (h + 1) + 1 + high * h * (wide * h + 1)  # whole picture, separator, tiles as one grid
+            return {"pixel_values": pixels, "images_spatial_crop": torch.tensor([[wide, high]])}, n_tokens
+        if self.model_type == "multi_modality":
+            square = official_square(image, view)
+            return {"pixel_values": to_tensor(square, view)[None]}, self.num_image_tokens
+        inputs = {}
+        if self.model_type == "deepseek_vl_hybrid":
+            image = transformers_square(image, self.high_res_view)  # SigLIP's input is made from SAM's, in 8 bits
+            inputs["high_res_pixel_values"] = to_tensor(image, self.high_res_view)[None]
+        inputs["pixel_values"] = to_tensor(transformers_square(image, view), view)[None]
+        return inputs, self.num_image_tokens
+
+    def prompt(self, conversation: Sequence[dict], system: str | None = None) -> str:
+        """A conversation as one text, with one marker an image.
+
+        DeepSeek-VL tokenizes this text as it is. DeepSeek-VL2 tokenizes it piece by piece, without
+        the space that is shown here before an answer.
+        """
+        return "".join(piece.text for piece in self._pieces(conversation, system)[0])
+
+    def _pieces(self, conversation: Sequence[dict], system: str | None) -> tuple[list[Piece], list]:
+        """The prompt in pieces, and the conversation's images in order."""
+        messages, images = [], []
+        for index, message in enumerate(conversation):
+            role, text, message_images = message_text(message, self.image_token)
+            images += message_images
+            if role != "System":
+                messages.append((role, text))
+            elif index == 0 and system is None:
+                system = text
+            else:
+                raise ValueError("a system message must be the first, and the only system text given")
+        if not messages:
+            raise ValueError("a conversation needs at least one message of a user")
+        if messages[-1][0] == "User":
+            messages.append(("Assistant", ""))
+        if system is None:
+            system = "" if self.is_vl2 else SYSTEM_TEXT
+        end = self.tokenizer.tokens[self.eos_token_id]
+        pieces = (vl2_pieces if self.is_vl2 else vl_pieces)(system.strip(), messages, end)
+        n_markers = sum(piece.text.count(self.image_token) for piece in pieces)
+        if n_markers != len(images):
+            raise ValueError(f"the text has {n_markers} image markers, but {len(images)} images are given")
+        if self.is_vl2 and any(self.image_token in piece.text for piece in pieces if piece.learnt):
+            raise ValueError("an assistant's message holds an image, which DeepSeek-VL2 does not take")
+        return pieces, images
+
+    def _tokenize(self, pieces: list[Piece], labels: bool) -> tuple[list[int], list[bool]]:
+        """Ids with the begin token in front and one id an image, and for each whether it is learnt."""
+        encode, learnt = self.tokenizer.encode, [piece.learnt for piece in pieces]
+        if self.is_vl2:
+            runs = [encode(piece.text.lstrip(" ")) for piece in pieces]
+            ids, ends = [id for run in runs for id in run], accumulate(map(len, runs))
+        else:
+            *prefixes, text = accumulate(piece.text for piece in pieces)
+            # An answer starts with a space, where no token crosses: a prefix's ids begin the whole text's.
+            ids = encode(text)
+            ends = [*(len(encode(prefix)) for prefix in prefixes if labels), len(ids)]
+        flags: list[bool] = []
+        for end, flag in zip(ends, learnt if labels else [False] * len(learnt)):
+            flags += [flag] * (end - len(flags))
+        return [self.bos_token_id, *ids], [False, *flags]
+
+    def _row(self, conversation: Sequence[dict], system: str | None, labels: bool) -> tuple[Tensor, Tensor, Tensor, list]:
+        """One conversation: ids (T,), where image features go (T,), labels (T,), and each image's tensors."""
+        pieces, sources = self._pieces(conversation, system)
+        tokens, flags = self._tokenize(pieces, labels)
+        tiled = len(sources) <= 2  # with more, DeepSeek-VL2 spends only one tile on each besides the whole
+        inputs = [self.image_inputs(load_image(source), tiled) for source in sources]
+
+        ids, learnt = torch.tensor(tokens), torch.tensor(flags)
+        repeats = torch.ones_like(ids)
+        repeats[ids == self.image_token_id] = torch.tensor([n_tokens for _, n_tokens in inputs], dtype=torch.long)
+        ids, learnt = ids.repeat_interleave(repeats), learnt.repeat_interleave(repeats)  # (T,)
+        if len(ids) > self.max_positions:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, over the model's context of {self.max_positions}"
+                " (max_position_embeddings)"
+            )
+        is_image = ids == self.image_token_id
+        ignored = is_image | ~learnt if self.mask_prompt else is_image
+        return ids, is_image, ids.masked_fill(ignored, IGNORED), [tensors for tensors, _ in inputs]
+
+    def __call__(
+        self,
+        conversations: Sequence[dict] | Sequence[Sequence[dict]],
+        system: str | None = None,
+        labels: bool = False,
+    ) -> dict[str, Tensor]:
+        """A batch for the model from one conversation or a list of them, shorter ones padded on the left.
+
+        Always: input_ids int64 (B, T); attention_mask int64 (B, T), 0 on padding; images_seq_mask
+        bool (B, T), true where an image feature takes the place of an embedding. With images, the
+        tensors of `image_inputs`, those of all images joined in order, row by row. With `labels`,
+        labels int64 (B, T): -100 on padding and images, and outside the answers unless the
+        checkpoint sets mask_prompt to false. `system` replaces the system text; "" leaves it out.
+
+        Raises ValueError where image markers and images differ in number, where a prompt is longer
+        than the model's context, and where a conversation or an image cannot be read.
+        """
+        if not conversations:
+            raise ValueError("expected a conversation or a list of conversations, found an empty one")
+        if isinstance(conversations[0], dict):
+            conversations = [conversations]
+        rows = [self._row(conversation, system, labels) for conversation in conversations]
+        shape = len(rows), max(len(ids) for ids, *_ in rows)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "images_seq_mask": torch.zeros(shape, dtype=torch.bool),
+        }
+        if labels:
+            batch["labels"] = torch.full(shape, IGNORED)
+        for row, (ids, is_image, targets, _) in enumerate(rows):
+            start = shape[1] - len(ids)
+            batch["input_ids"][row, start:] = ids
+            batch["attention_mask"][row, start:] = 1
+            batch["images_seq_mask"][row, start:] = is_image
+            if labels:
+                # A begin token behind padding has nothing real before it to be predicted from.
+                first = start + 1 if start else 0
+                batch["labels"][row, first:] = targets[first - start :]
+        images = [tensors for row in rows for tensors in row[3]]
+        return batch | {key: torch.cat([tensors[key] for tensors in images]) for key in (images[0] if images else ())}
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
