@@ -116,9 +116,7 @@ def prefill(
         attention_mask: (B, capacity) or None.
     Returns: logits of the next token, (B, vocabulary).
     """
-    embeddings = model.embed(
-        **{key: value for key, value in batch.items() if key != "attention_mask"}
-    )  # (B, T, D)
+    embeddings = model.embed(**{key: value for key, value in batch.items() if key != "attention_mask"})  # (B, T, D)
     for piece in embeddings.split(chunk_size or embeddings.shape[1], dim=1):
         seen = cache.length + piece.shape[1]
         mask = None if attention_mask is None else attention_mask[:, :seen]

@@ -4,8 +4,9 @@
     names in the files    -> LAYOUTS      -> names in the model, one visible table a layout
     *.safetensors, *.bin  -> load_model   -> DeepseekVL, tensor by tensor, nothing held twice
 
-Two layouts of DeepSeek-VL are read: the official one (deepseek-ai/deepseek-vl-*) and that of
-transformers (deepseek-community/*, and whatever its save_pretrained writes).
+Three layouts are read: the official ones of DeepSeek-VL (deepseek-ai/deepseek-vl-*) and of
+DeepSeek-VL2 (deepseek-ai/deepseek-vl2*), and that of transformers (deepseek-community/*, and
+whatever its save_pretrained writes).
 
 Nothing of a checkpoint is ever executed: JSON, safetensors, and pickles with weights_only.
 """
@@ -22,9 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from model import DeepseekVL, LanguageConfig, ModelConfig
+from model import DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
 from processor import load_tokenizer, read_json
-from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig
+from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
 
@@ -40,17 +41,21 @@ class Section:
     def section(self, key: str) -> Section:
         return Section(self.values.get(key, {}), f"{self.name}: {key}")
 
-    def get(self, key: str, default: Any) -> Any:
-        """The value, of the default's type; an absent or null one is the default."""
+    def get(self, key: str, default: Any, least: float | None = None) -> Any:
+        """The value, of the default's type; an absent or null one is the default.
+
+        Numbers must be above zero, or `least` and more.
+        """
         value = self.values.get(key)
         if value is None:
             return default
         wanted = type(default)
         if wanted is float and type(value) is int:
             value = float(value)
-        if type(value) is not wanted or (wanted in (int, float) and value <= 0):
-            kind = {int: "a positive integer", float: "a positive number", str: "text", list: "a list"}
-            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind.get(wanted, wanted.__name__)}")
+        if type(value) is not wanted or (wanted in (int, float) and not (value > 0 if least is None else value >= least)):
+            kind = {int: "an integer", float: "a number", list: "a list"}[wanted]
+            bound = {int: " above 0", float: " above 0", list: ""}[wanted] if least is None else f" of {least} or more"
+            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind}{bound}")
         return value
 
     def expect(self, key: str, *allowed: Any) -> Any:
@@ -65,14 +70,16 @@ class Section:
 # The official configs name a vision tower by its preset; keys beside the name override it.
 SIGLIP_PRESETS = {
     "siglip_large_patch16_384": {"patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0},
+    "siglip_so400m_patch14_384": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
 }
 SAM_PRESET = "sam_b_downsample"
 
 GELU_FORMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # hidden_act -> torch's name
 
 
-def official_siglip(params: Section) -> SigLIPConfig:
-    preset = SIGLIP_PRESETS[params.expect("model_name", *SIGLIP_PRESETS)]
+def official_siglip(params: Section, name: str = "siglip_large_patch16_384", gelu: str = "none") -> SigLIPConfig:
+    params.expect("model_name", name)
+    preset = SIGLIP_PRESETS[name]
     params.expect("select_feature", "same")
     params.expect("select_layer", -1)
     size = {key: params.get(key, value) for key, value in preset.items()}
@@ -83,6 +90,7 @@ def official_siglip(params: Section) -> SigLIPConfig:
         layers=size["layers"],
         heads=size["heads"],
         mlp_width=int(size["width"] * size["mlp_ratio"]),
+        gelu=gelu,
     )
 
 
@@ -207,6 +215,108 @@ def transformers_config(config: Section) -> ModelConfig:
     return ModelConfig(vision, llama(text), image_token_id=config.get("image_token_id", 100015))
 
 
+def deepseek_v2(config: Section) -> LanguageConfig:
+    """The language model of DeepSeek-VL2; absent keys have the defaults of its DeepseekV2Config."""
+    config.expect("hidden_act", "silu")
+    config.expect("attention_bias", False)
+    heads = config.get("num_attention_heads", 32)
+    hidden_size = config.get("hidden_size", 4096)
+    latent = None
+    if config.expect("use_mla", True, False):
+        q_lora_rank = config.values.get("q_lora_rank", 1536)  # null says: none
+        latent = LatentConfig(
+            q_lora_rank=None if q_lora_rank is None else config.get("q_lora_rank", 1536),
+            kv_lora_rank=config.get("kv_lora_rank", 512),
+            qk_nope_head_dim=config.get("qk_nope_head_dim", 128),
+            qk_rope_head_dim=config.get("qk_rope_head_dim", 64),
+            v_head_dim=config.get("v_head_dim", 128),
+        )
+    return LanguageConfig(
+        vocab_size=config.get("vocab_size", 102400),
+        hidden_size=hidden_size,
+        intermediate_size=config.get("intermediate_size", 11008),
+        num_hidden_layers=config.get("num_hidden_layers", 30),
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads", heads),
+        head_dim=hidden_size // heads,
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=config.get("rope_theta", 10000.0),
+        tie_word_embeddings=config.expect("tie_word_embeddings", False, True),
+        latent=latent,
+        experts=deepseek_experts(config),
+        yarn=yarn(config),
+    )
+
+
+def deepseek_experts(config: Section) -> ExpertsConfig | None:
+    if config.values.get("n_routed_experts") is None:
+        return None
+    experts = ExpertsConfig(
+        n_routed_experts=config.get("n_routed_experts", 1),
+        n_shared_experts=config.get("n_shared_experts", 1),
+        num_experts_per_tok=config.get("num_experts_per_tok", 1),
+        moe_intermediate_size=config.get("moe_intermediate_size", 1407),
+        first_k_dense_replace=config.get("first_k_dense_replace", 0, least=0),
+        moe_layer_freq=config.get("moe_layer_freq", 1),
+        topk_method=config.expect("topk_method", "greedy", "group_limited_greedy", "noaux_tc"),
+        scoring_func=config.expect("scoring_func", "softmax", "sigmoid"),
+        n_group=config.get("n_group", 1),
+        topk_group=config.get("topk_group", 1),
+        norm_topk_prob=config.expect("norm_topk_prob", False, True),
+        routed_scaling_factor=config.get("routed_scaling_factor", 1.0),
+    )
+    choosable = experts.n_routed_experts
+    if experts.topk_method != "greedy":
+        choosable = experts.n_routed_experts // experts.n_group * experts.topk_group
+    if (
+        experts.n_routed_experts % experts.n_group
+        or experts.topk_group > experts.n_group
+        or experts.num_experts_per_tok > choosable
+    ):
+        raise ValueError(
+            f"{config.name}: {experts.num_experts_per_tok} experts a token, of {experts.topk_group} in "
+            f"{experts.n_group} groups, do not fit {experts.n_routed_experts} experts"
+        )
+    return experts
+
+
+def yarn(config: Section) -> YarnConfig | None:
+    if config.values.get("rope_scaling") is None:
+        return None
+    scaling = config.section("rope_scaling")
+    scaling.expect("type", "yarn")
+    return YarnConfig(
+        factor=scaling.get("factor", 1.0),
+        original_max_position_embeddings=scaling.get("original_max_position_embeddings", 4096),
+        beta_fast=scaling.get("beta_fast", 32.0),
+        beta_slow=scaling.get("beta_slow", 1.0),
+        mscale=scaling.get("mscale", 1.0, least=0.0),
+        mscale_all_dim=scaling.get("mscale_all_dim", 0.0, least=0.0),
+    )
+
+
+def vl2_config(config: Section) -> ModelConfig:
+    config.expect("tile_tag", "2D")
+    projector = config.section("projector_config")
+    projector.expect("projector_type", "downsample_mlp_gelu")
+    projector.expect("depth", 2)
+    tiles = TileConfig(
+        downsample_ratio=projector.get("downsample_ratio", 2),
+        mlp_ratio=projector.get("mlp_ratio", 1),
+        global_view_first=config.expect("global_view_pos", "head", "tail") == "head",
+    )
+    vision = official_siglip(config.section("vision_config"), "siglip_so400m_patch14_384", gelu="tanh")
+    language = deepseek_v2(config.section("language_config"))
+    for key, found, needed in (
+        ("input_dim", projector.get("input_dim", 1152), vision.width),
+        ("n_embed", projector.get("n_embed", 2048), language.hidden_size),
+    ):
+        if found != needed:
+            raise ValueError(f"{projector.name}: {key} is {found}, expected {needed} to fit its neighbours")
+    return ModelConfig(vision, language, tiles)
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a checkpoint folder, in any known layout.
 
@@ -257,7 +367,7 @@ def find_token_ids(folder: Path, config: ModelConfig) -> tuple[int | None, tuple
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = load_tokenizer(folder)
         if image_token_id is None:
-            image_token_id = tokenizer.token_to_id("<image_placeholder>")
+            image_token_id = tokenizer.token_to_id("<image>" if config.tiles else "<image_placeholder>")
         if tokenizer.eos_token_id is not None:
             end_token_ids = (tokenizer.eos_token_id,)
     file = folder / "generation_config.json"
@@ -322,6 +432,17 @@ TRANSFORMERS_NAMES = [
 # "vision_model" more in SigLIP's names. `expected_tensors` knows both.
 
 
+VL2_NAMES = [
+    ("image_newline", "aligner.image_newline"),
+    ("view_seperator", "aligner.view_seperator"),
+    ("projector.layers.0.*", "aligner.linear1.*"),
+    ("projector.layers.2.*", "aligner.linear2.*"),
+    ("vision.*", "vision.*"),
+    ("language.model.*", "language.*"),
+    ("language.lm_head.weight", "lm_head.weight"),
+]
+
+
 class Layout(NamedTuple):
     """One family of checkpoints: how to read its config, its names, and what to pass over."""
 
@@ -340,8 +461,10 @@ OFFICIAL = Layout(
     ),
 )
 TRANSFORMERS = Layout(transformers_config, TRANSFORMERS_NAMES, ("model.vision_model.*head.*",))
+VL2 = Layout(vl2_config, VL2_NAMES, ("vision.attn_pool.*",))
 LAYOUTS = {
     "multi_modality": OFFICIAL,
+    "deepseek_vl_v2": VL2,
     "deepseek_vl": TRANSFORMERS,
     "deepseek_vl_hybrid": TRANSFORMERS,
 }

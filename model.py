@@ -3,7 +3,10 @@
 Read top to bottom, each part is met just before it is used:
 
     configs, RMSNorm, RoPE, KV cache, attention, SwiGLU, decoder layer, decoder,
-    then DeepseekVL: image tokens in place of image placeholders, one decoder over all.
+    then DeepseekVL: image features in place of image tokens, one decoder over all.
+
+DeepSeek-VL2 has the same decoder with two parts exchanged: LatentAttention for Attention
+(small and base), and MixtureOfExperts for SwiGLU (all but the first layer).
 
     input_ids (B, T) -> embeddings (B, T, D)  <- image features (images, N, D) at the placeholders
                      -> layers of attention and SwiGLU (B, T, D) -> logits (B, T, vocabulary)
@@ -13,20 +16,74 @@ Shape letters, the same in every file:
     B  batch (conversations)     T  tokens fed now   S  tokens fed so far, cached ones included
     D  width of a token          H  query heads      d  width of a head
     N  tokens of an image        G  key/value heads, H / G queries share one (G = H: no sharing)
+    E  routed experts            R  rank of the latent that attention caches
 
-Papers: DeepSeek-VL (arXiv 2403.05525), Llama (2302.13971), RoFormer (2104.09864) for RoPE,
-GQA (2305.13245).
+Papers: DeepSeek-VL (arXiv 2403.05525), DeepSeek-VL2 (2412.10302), Llama (2302.13971), RoFormer
+(2104.09864) for RoPE, GQA (2305.13245), DeepSeek-V2 (2405.04434) for latent attention and experts,
+DeepSeek-V3 (2412.19437) for sigmoid routing, YaRN (2309.00071).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision import HybridAligner, HybridConfig, HybridTower, MLPAligner, SigLIP, SigLIPConfig, attention
+from vision import (
+    HybridAligner,
+    HybridConfig,
+    HybridTower,
+    MLPAligner,
+    SigLIP,
+    SigLIPConfig,
+    TileAligner,
+    TileConfig,
+    attention,
+)
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention. Defaults: DeepSeek-VL2 small and base."""
+
+    q_lora_rank: int | None = None  # None: queries straight from the token
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts. Defaults: DeepSeek-VL2 small."""
+
+    n_routed_experts: int = 64
+    n_shared_experts: int = 2
+    num_experts_per_tok: int = 6
+    moe_intermediate_size: int = 1408
+    first_k_dense_replace: int = 1  # so many layers at the start have a plain SwiGLU
+    moe_layer_freq: int = 1  # from there on, every so many layers have experts
+    topk_method: str = "greedy"  # or "group_limited_greedy", or "noaux_tc"
+    scoring_func: str = "softmax"  # or "sigmoid"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN: rope stretched to `factor` times the context it was trained for."""
+
+    factor: float
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +101,25 @@ class LanguageConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    latent: LatentConfig | None = None  # None: plain attention
+    experts: ExpertsConfig | None = None  # None: a plain SwiGLU in every layer
+    yarn: YarnConfig | None = None
+
+    @property
+    def rope_dim(self) -> int:
+        """How many values of a head's queries and keys are rotated."""
+        return self.latent.qk_rope_head_dim if self.latent else self.head_dim
+
+    @property
+    def cached(self) -> list[tuple[int, int]]:
+        """What a layer caches of a token: (heads, width) of each tensor."""
+        if self.latent:
+            return [(1, self.latent.kv_lora_rank + self.latent.qk_rope_head_dim)]
+        return [(self.num_key_value_heads, self.head_dim)] * 2
+
+    def has_experts(self, layer: int) -> bool:
+        e = self.experts
+        return e is not None and layer >= e.first_k_dense_replace and layer % e.moe_layer_freq == 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +128,7 @@ class ModelConfig:
 
     vision: SigLIPConfig | HybridConfig
     language: LanguageConfig
+    tiles: TileConfig | None = None  # DeepSeek-VL2's layout of tiles; None: DeepSeek-VL
     image_token_id: int | None = None  # stands where an image token goes
     end_token_ids: tuple[int, ...] = ()  # generation stops after any of them
 
@@ -81,7 +158,7 @@ class RMSNorm(nn.Module):
 # ---------------------------------------------------------------------------- positions
 
 
-def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_angles(position_ids: Tensor, config: LanguageConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation (RoFormer, section 3.2.2).
 
     Pair i of a head's d values turns by position * theta ** (-2 i / d): the first pairs fast,
@@ -91,10 +168,40 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
         position_ids: (B, T) integers.
     Returns: cos and sin, float32 (B, 1, T, d / 2); the 1 stands for the heads.
     """
-    pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    frequencies = 1.0 / theta ** (pairs / head_dim)
+    d = config.rope_dim
+    pairs = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (pairs / d)
+    length = 1.0
+    if config.yarn is not None:
+        frequencies = yarn_frequencies(frequencies, config)
+        length = yarn_mscale(config.yarn.factor, config.yarn.mscale)
+        length /= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim)
     angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
-    return angles.cos(), angles.sin()
+    return angles.cos() * length, angles.sin() * length
+
+
+def yarn_frequencies(frequencies: Tensor, config: LanguageConfig) -> Tensor:
+    """Slow rotations divided by the factor, fast ones kept, a ramp between (YaRN, section 3.2).
+
+    A pair that turns more than beta_fast times within the original context says where a token is
+    relative to its neighbours, and stays; one that turns less than beta_slow times would meet
+    angles it was never trained on, and is slowed down.
+    """
+    yarn, d = config.yarn, config.rope_dim
+
+    def pair_that_turns(times: float) -> float:
+        return d * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
+    ramp = (torch.arange(d // 2, device=frequencies.device) - low) / max(high - low, 0.001)
+    slowed = ramp.clamp(0, 1)
+    return frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much attention is sharpened for a context `factor` times as long (YaRN, section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,28 +249,28 @@ def visible_keys(T: int, S: int, attention_mask: Tensor | None, device: torch.de
 
 
 class KVCache:
-    """What attention needs of the tokens already fed: their rotated keys, and their values.
+    """What attention needs of the tokens already fed.
+
+    Plain attention: their rotated keys, and their values, (B, G, capacity, d) each. Latent
+    attention: their latent and one rotated key, side by side, (B, 1, capacity, R + rope).
 
     Memory for `capacity` tokens is taken once; tokens are then written in place, so no step
     copies what is there. Position `length` is where the next token goes, for every row of the
     batch alike: rows of different lengths are padded on the left, and the padding is masked.
 
-    Args:
-        config: of the decoder; one pair of tensors (B, G, capacity, d) is made a layer.
     """
 
     def __init__(
         self, config: LanguageConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device | str
     ):
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self.capacity = capacity
         self.length = 0
         self.layers = [
-            tuple(torch.empty(shape, dtype=dtype, device=device) for _ in ("key", "value"))
+            [torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device) for heads, width in config.cached]
             for _ in range(config.num_hidden_layers)
         ]
 
-    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+    def append(self, layer: int, *new: Tensor) -> list[Tensor]:
         """Write one layer's new tensors (B, G, T, d); return views of all so far, (B, G, S, d).
 
         `length` moves only in `advance`, once all layers have written.
@@ -175,7 +282,7 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} were fed")
         for stored, tensor in zip(self.layers[layer], new):
             stored[:, :, self.length : end] = tensor
-        return tuple(stored[:, :, :end] for stored in self.layers[layer])
+        return [stored[:, :, :end] for stored in self.layers[layer]]
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
@@ -190,11 +297,9 @@ class Attention(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = softmax_scale(self.head_dim, config)
         D, q_width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(D, q_width, bias=False)
         self.k_proj = nn.Linear(D, kv_width, bias=False)
@@ -220,7 +325,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, d)
-        out, weights = causal_attention(q, k, v, visible, want_weights)
+        out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
@@ -228,30 +333,39 @@ class Attention(nn.Module):
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
 
+def softmax_scale(head_dim: int, config: LanguageConfig) -> float:
+    """1 / sqrt(d), which keeps the scores' variance at one; times mscale squared under YaRN."""
+    mscale = yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) if config.yarn else 1.0
+    return head_dim**-0.5 * mscale**2
+
+
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, want_weights: bool = False
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, want_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The last T tokens attend to all S: fused, or written out where the weights are wanted.
 
     Args:
         q: (B, H, T, d); k, v: (B, G, S, d); visible: see `visible_keys`.
-    Returns: (B, H, T, d), and (B, H, T, S) or None.
+    Returns: (B, H, T, d), and the weights (B, H, T, S) or None.
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if not want_weights:
         if T == 1 and q.device.type == "cpu":
-            return one_token_attention(q, k, v, visible), None
+            return one_token_attention(q, k, v, visible, scale), None
         causal = visible is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=grouped), None
+        out = F.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+        return out, None
     if grouped:  # repeat each key/value head for the queries that share it
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if visible is None:
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return attention(q, k, v, minus_infinity_where_hidden(visible, q.dtype))
+    return attention(q, k, v, minus_infinity_where_hidden(visible, q.dtype), scale)
 
 
-def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """A decode step's attention on a CPU: written out in float32, three times as fast as fused there.
 
     Queries that share a key/value head are laid out as if they were tokens of it, so nothing is repeated.
@@ -261,13 +375,138 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None)
     B, H, _, d = q.shape
     shared = q.view(B, k.shape[1], H // k.shape[1], d)  # (B, G, H / G, d)
     bias = None if visible is None else minus_infinity_where_hidden(visible, torch.float32)
-    out, _ = attention(shared.float(), k.float(), v.float(), bias)
+    out, _ = attention(shared.float(), k.float(), v.float(), bias, scale)
     return out.to(q.dtype).reshape(B, H, 1, -1)
 
 
 def minus_infinity_where_hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as a bias for the scores."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+
+
+def half_split(x: Tensor) -> Tensor:
+    """Reorder pairs stored side by side, (a0, b0, a1, b1, ...), to (a0, a1, ..., b0, b1, ...) for `rotate`."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+class HeadWeights(nn.Module):
+    """W_k and W_v of every head, which make keys and values from a latent, stored as one matrix.
+
+    Not an nn.Linear, because attention in the latent space needs the two apart.
+    """
+
+    def __init__(self, rank: int, heads: int, sizes: tuple[int, int]):
+        super().__init__()
+        self.heads, self.sizes = heads, sizes
+        self.weight = nn.Parameter(torch.randn(heads * sum(sizes), rank) * 0.02)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """W_k (H, nope, R) and W_v (H, v, R)."""
+        return self.weight.unflatten(0, (self.heads, -1)).split(self.sizes, dim=1)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, S, R) -> keys (B, H, S, nope) and values (B, H, S, v)."""
+        kv = F.linear(latent[:, 0], self.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return kv.split(self.sizes, dim=-1)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: cache one small latent a token, not keys and values a head.
+
+    (DeepSeek-V2, section 2.1.) A token's keys and values are all made from one latent c of R values:
+    per head, k = W_k c and v = W_v c. Rotation by position does not commute with W_k, so position is
+    told by extra values: each head's query has a rotated part, and one rotated key serves all heads.
+
+        score(query, token) = (q_nope . W_k c + q_rope . k_rope) * scale
+
+    Two ways to compute it, equal but for rounding:
+        expanded   make k and v of every token, then attend as usual: few operations for many queries
+        absorbed   q_nope . W_k c = (W_k^T q_nope) . c, so carry the query into the latent space, attend
+                   to the cache as it lies, and carry the result out with W_v: a decode step reads
+                   R + rope values a token, not H (nope + v)
+    """
+
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        latent, D = config.latent, config.hidden_size
+        self.layer, self.heads, self.sizes = layer, config.num_attention_heads, latent
+        query_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
+        self.scale = softmax_scale(query_dim, config)
+        if latent.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, self.heads * query_dim, bias=False)
+        else:  # queries through a latent of their own, which saves parameters
+            self.q_a_proj = nn.Linear(D, latent.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(latent.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(latent.q_lora_rank, self.heads * query_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, latent.kv_lora_rank + latent.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(latent.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = HeadWeights(latent.kv_lora_rank, self.heads, (latent.qk_nope_head_dim, latent.v_head_dim))
+        self.o_proj = nn.Linear(self.heads * latent.v_head_dim, D, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cache: KVCache | None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Attention.forward`."""
+        sizes = self.sizes
+        if sizes.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, nope + rope)
+        q_nope, q_rope = q.split((sizes.qk_nope_head_dim, sizes.qk_rope_head_dim), dim=-1)
+        q_rope = rotate(half_split(q_rope), *rope)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)[:, None]  # (B, 1, T, R): one "head" for all
+        k_rope = rotate(half_split(k_rope[:, None]), *rope)  # (B, 1, T, rope)
+        stored = torch.cat((latent, k_rope), dim=-1)
+        if cache is not None:
+            (stored,) = cache.append(self.layer, stored)  # (B, 1, S, R + rope)
+
+        attend = self.absorbed if self.few_queries(x.shape[1]) else self.expanded
+        out, weights = attend(q_nope, q_rope, stored, visible, want_weights)  # (B, H, T, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def few_queries(self, T: int) -> bool:
+        """Whether `absorbed` takes fewer multiplications than `expanded`, for T queries.
+
+        A token costs expanded R (nope + v) once, and nope + rope + v a query; absorbed 2 R + rope a query.
+        """
+        s = self.sizes
+        once = s.kv_lora_rank * (s.qk_nope_head_dim + s.v_head_dim)
+        return T * (2 * s.kv_lora_rank - s.qk_nope_head_dim - s.v_head_dim) < once
+
+    def expanded(
+        self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The plain formula: keys and values of every head from the latents.
+
+        Args:
+            q_nope, q_rope: (B, H, T, nope or rope); stored: (B, 1, S, R + rope).
+        Returns: (B, H, T, v) and the weights, if wanted.
+        """
+        s = self.sizes
+        latent, k_rope = stored.split((s.kv_lora_rank, s.qk_rope_head_dim), dim=-1)
+        k_nope, v = self.kv_b_proj(latent)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
+        v = F.pad(v, (0, q.shape[-1] - s.v_head_dim))  # fused kernels want one width for all
+        out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
+        return out[..., : s.v_head_dim], weights
+
+    def absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same in the latent space. Args and result: as `expanded`."""
+        W_k, W_v = self.kv_b_proj.parts()
+        q = torch.cat((q_nope @ W_k, q_rope), dim=-1)  # (B, H, T, R + rope)
+        out, weights = causal_attention(q, stored, stored, visible, self.scale, want_weights)
+        return out[..., : self.sizes.kv_lora_rank] @ W_v.transpose(1, 2), weights
 
 
 class SwiGLU(nn.Module):
@@ -284,15 +523,101 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Router(nn.Module):
+    """Chooses the experts of each token, and how much each counts; all in float32.
+
+    (DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2.)
+    """
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config.experts
+        self.weight = nn.Parameter(torch.randn(self.config.n_routed_experts, config.hidden_size) * 0.02)
+        if self.config.topk_method == "noaux_tc":  # raises the scores of experts that got too few tokens
+            self.e_score_correction_bias = nn.Parameter(torch.zeros(self.config.n_routed_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (tokens, D).
+        Returns: the chosen experts (tokens, k) int64, and their weights (tokens, k) float32.
+        """
+        c = self.config
+        logits = F.linear(x.float(), self.weight.float())  # (tokens, E)
+        scores = logits.softmax(dim=-1) if c.scoring_func == "softmax" else logits.sigmoid()
+        preference = scores
+        if c.topk_method == "noaux_tc":  # the bias steers the choice, not the weights
+            preference = scores + self.e_score_correction_bias.float()
+        if c.topk_method != "greedy":
+            preference = self.within_best_groups(preference)
+        experts = preference.topk(c.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return experts, weights * c.routed_scaling_factor
+
+    def within_best_groups(self, preference: Tensor) -> Tensor:
+        """Experts stand in groups (one a device); those outside the best groups get 0.
+
+        A group is as good as its best expert, or under noaux_tc as its best two together.
+        """
+        c = self.config
+        grouped = preference.unflatten(-1, (c.n_group, -1))  # (tokens, groups, E / groups)
+        best = 2 if c.topk_method == "noaux_tc" else 1
+        goodness = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+        chosen = goodness.topk(c.topk_group, dim=-1).indices
+        keep = torch.zeros_like(goodness, dtype=torch.bool).scatter(-1, chosen, True)
+        return grouped.masked_fill(~keep[..., None], 0.0).flatten(-2)
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts for every token, plus the k routed ones that the router chose for it.
+
+        y = shared(x) + sum over chosen e of weight_e * expert_e(x)
+    """
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        D, e = config.hidden_size, config.experts
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(SwiGLU(D, e.moe_intermediate_size) for _ in range(e.n_routed_experts))
+        self.shared_experts = SwiGLU(D, e.n_shared_experts * e.moe_intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Tokens are sorted by expert, so each expert that anyone chose runs once, over all its tokens, and
+        the others are not touched: a decode step reads the weights of k experts alone.
+        """
+        tokens = x.flatten(0, 1)
+        experts, weights = self.gate(tokens)  # (tokens, k) both
+        k = experts.shape[-1]
+        order = experts.flatten().argsort(stable=True)  # pairs of token and expert, by expert
+        rows = order // k
+        weights = weights.flatten()[order, None]
+        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in zip(self.experts, counts):
+            if count:
+                mine = slice(start, start + count)
+                out.index_add_(0, rows[mine], expert(tokens[rows[mine]]) * weights[mine])
+                start += count
+        return out.to(x.dtype).view_as(x) + self.shared_experts(x)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: LanguageConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = (LatentAttention if config.latent else Attention)(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, *attention_args) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D) and the attention weights; arguments as of `Attention`."""
@@ -326,7 +651,7 @@ class Decoder(nn.Module):
         Returns: the last hidden state (B, T, D); if asked for, the embeddings, the output of
             every layer but the last, and the normalized last one; and every layer's weights.
         """
-        cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_angles(position_ids, self.config)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -407,7 +732,7 @@ class Output:
 
 
 class DeepseekVL(nn.Module):
-    """DeepSeek-VL: a vision tower, an aligner, a decoder and its head."""
+    """DeepSeek-VL and DeepSeek-VL2: a vision tower, an aligner, a decoder and its head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -419,7 +744,10 @@ class DeepseekVL(nn.Module):
             self.aligner = HybridAligner(high_width, low_width, D)
         else:
             self.vision = SigLIP(config.vision)
-            self.aligner = MLPAligner(config.vision.width, D)
+            if config.tiles is None:
+                self.aligner = MLPAligner(config.vision.width, D)
+            else:
+                self.aligner = TileAligner(config.tiles, config.vision.width, D)
         self.language = Decoder(config.language)
         self.lm_head = nn.Linear(D, config.language.vocab_size, bias=False)
         if config.language.tie_word_embeddings:
@@ -449,46 +777,52 @@ class DeepseekVL(nn.Module):
             batch: `pixel_values` (images, 3, size, size). For a hybrid tower either in [0, 1]
                 at the high resolution, as the official processor gives them, or normalized at
                 the low one, beside `high_res_pixel_values`, as transformers' processor does.
+                For DeepSeek-VL2 the tiles of all images, and `images_spatial_crop` (images, 2).
         Returns: one (N, D) tensor an image, in the order of the batch.
         """
-        pixels, high_pixels = batch["pixel_values"], batch.get("high_res_pixel_values")
-        pixels = pixels.to(self.device)
-        if not isinstance(self.vision, HybridTower):
-            features = self.aligner(self.vision(pixels.to(self.dtype)))
-        else:
+        pixels = batch["pixel_values"].to(self.device)
+        if isinstance(self.vision, HybridTower):
+            high_pixels = batch.get("high_res_pixel_values")
             if high_pixels is None:
                 high_pixels, pixels = self.vision.split(pixels)
             high_pixels = high_pixels.to(self.device, self.dtype)
-            features = self.aligner(*self.vision(high_pixels, pixels.to(self.dtype)))
-        return list(features)
+            return list(self.aligner(*self.vision(high_pixels, pixels.to(self.dtype))))
+        tokens = self.vision(pixels.to(self.dtype))
+        if isinstance(self.aligner, TileAligner):
+            return self.aligner(tokens, batch["images_spatial_crop"])
+        return list(self.aligner(tokens))
 
     def embed(
         self,
         input_ids: Tensor,
+        images_seq_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         high_res_pixel_values: Tensor | None = None,
-        images_seq_mask: Tensor | None = None,
+        images_spatial_crop: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings, with image features in place of the image tokens.
 
         Args:
-            input_ids: (B, T); pixels: see `encode_images`.
+            input_ids: (B, T).
             images_seq_mask: bool (B, T), where image features go, in reading order over the
                 batch; by default wherever the image token stands.
+            the others: as `encode_images` takes them, or none.
         Returns: (B, T, D).
         Raises: ValueError where places and features differ in number.
         """
         embeddings = self.language.embed_tokens(input_ids.to(self.device))
         if pixel_values is None:
             return embeddings
-        features = self.encode_images(
-            {"pixel_values": pixel_values, "high_res_pixel_values": high_res_pixel_values}
-        )
         if images_seq_mask is None:
             if self.config.image_token_id is None:
                 raise ValueError("pixel_values need images_seq_mask: this model's config names no image token")
             images_seq_mask = input_ids == self.config.image_token_id
-        features = torch.cat(features)
+        pictures = dict(
+            pixel_values=pixel_values,
+            high_res_pixel_values=high_res_pixel_values,
+            images_spatial_crop=images_spatial_crop,
+        )
+        features = torch.cat(self.encode_images(pictures))
         places = int(images_seq_mask.sum())
         if places != len(features):
             raise ValueError(f"{len(features)} image features for {places} image tokens in input_ids")
@@ -500,6 +834,7 @@ class DeepseekVL(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         high_res_pixel_values: Tensor | None = None,
+        images_spatial_crop: Tensor | None = None,
         images_seq_mask: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
@@ -513,7 +848,7 @@ class DeepseekVL(nn.Module):
         """One pass over T tokens, after those already in `cache`.
 
         Args:
-            input_ids: (B, T), with the pixels and mask of `embed`; or
+            input_ids: (B, T), with the mask and pictures that `embed` takes; or
             inputs_embeds: (B, T, D) in their place.
             attention_mask: (B, S), cached tokens included: 1 for real tokens, 0 for padding,
                 which goes on the left. None where nothing is padding.
@@ -529,7 +864,9 @@ class DeepseekVL(nn.Module):
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: logits_to_keep must be 0")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, high_res_pixel_values, images_seq_mask)
+            inputs_embeds = self.embed(
+                input_ids, images_seq_mask, pixel_values, high_res_pixel_values, images_spatial_crop
+            )
         T = inputs_embeds.shape[1]
         past = cache.length if cache is not None else 0
         S = past + T

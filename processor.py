@@ -124,9 +124,8 @@ def decode_image(image: Image.Image, name: str) -> Image.Image:
     if width * height == 0:
         raise ValueError(f"{name}: an image of {width} x {height} pixels has nothing to see")
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
-        raise ValueError(
-            f"{name}: {width} x {height} pixels, over the limit of {MAX_IMAGE_PIXELS} pixels and {MAX_IMAGE_SIDE} a side"
-        )
+        limit = f"{MAX_IMAGE_PIXELS} pixels and {MAX_IMAGE_SIDE} a side"
+        raise ValueError(f"{name}: {width} x {height} pixels, over the limit of {limit}")
     try:
         image.load()
         rgb = to_rgb(image)
@@ -567,7 +566,7 @@ WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 def python_regex(pattern: str) -> str:
-    """Oniguruma's syntax in Python's: \\p{L}, \\s and \\S as explicit ranges. What is not surely the same is refused."""
+    """Oniguruma's syntax in Python's: \\p{L}, \\s, \\S as explicit ranges; what may differ in meaning is refused."""
     in_class = False
 
     def translate(match: re.Match) -> str:
@@ -818,7 +817,7 @@ class Processor:
             )
         self.bos_token_id, self.eos_token_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.bos_token_id is None or self.eos_token_id is None:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: expected a bos_token and an eos_token of the vocabulary")
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: expected a bos_token and an eos_token with an id")
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else pad
 
@@ -918,7 +917,9 @@ class Processor:
             flags += [flag] * (end - len(flags))
         return [self.bos_token_id, *ids], [False, *flags]
 
-    def _row(self, conversation: Sequence[dict], system: str | None, labels: bool) -> tuple[Tensor, Tensor, Tensor, list]:
+    def _row(
+        self, conversation: Sequence[dict], system: str | None, labels: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Tensor]]]:
         """One conversation: ids (T,), where image features go (T,), labels (T,), and each image's tensors."""
         pieces, sources = self._pieces(conversation, system)
         tokens, flags = self._tokenize(pieces, labels)

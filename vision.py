@@ -5,11 +5,13 @@ Read top to bottom, each part is met just before it is used:
     SigLIP         a plain vision transformer at low resolution (all models)
     SAM            the Segment Anything encoder at high resolution (DeepSeek-VL 7B)
     HybridTower    both of them looking at one picture (7B)
-    MLPAligner, HybridAligner    into the language model's width
+    MLPAligner, HybridAligner, TileAligner    into the language model's width
 
     1.3B  (B, 3, 384, 384) -> SigLIP (B, 576, 1024) -> MLPAligner (B, 576, 2048)
     7B    (B, 3, 1024, 1024) -> SAM (B, 576, 1024) and SigLIP (B, 576, 1024)
                              -> HybridAligner (B, 576, 4096)
+    VL2   (tiles, 3, 384, 384) -> SigLIP (tiles, 729, 1152)
+                             -> TileAligner: 196 tokens a tile, laid out in rows, an image after the other
 
 Shape letters, the same in every file:
 
@@ -17,9 +19,9 @@ Shape letters, the same in every file:
     N  patches of an image       H  attention heads  d  width of a head, D = H * d
     g  side of a grid, N = g * g C  channels         w  side of an attention window
 
-Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), SigLIP (2303.15343), Segment
-Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows and the neck. This
-file imports torch alone, so it can be lifted out as it is.
+Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), DeepSeek-VL2 (2412.10302, section 3.1),
+SigLIP (2303.15343), Segment Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows
+and the neck. This file imports torch alone, so it can be lifted out as it is.
 """
 
 from __future__ import annotations
@@ -485,3 +487,80 @@ class HybridAligner(nn.Module):
         """(B, N, high width), (B, N, low width) -> (B, N, language width)."""
         x = torch.cat((self.high_proj(high), self.low_proj(low)), dim=-1)
         return self.proj(F.gelu(x))
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How DeepSeek-VL2 turns the tiles of an image into one sequence."""
+
+    downsample_ratio: int = 2  # so many patches, squared, become one token
+    mlp_ratio: int = 1  # hidden width of the projector over the language model's
+    global_view_first: bool = True  # before the tiles ("head") or after them ("tail")
+
+
+class TileAligner(nn.Module):
+    """Tiles to tokens in reading order: fold, Linear, exact GELU, Linear, lay out (VL2, section 3.1).
+
+    Every image is seen twice: whole, as one tile (the global view), and cut into tw x th tiles
+    (the local view). A learned newline ends each row of tokens, a learned separator parts the views.
+    The checkpoints spell it `view_seperator`, and so do we.
+    """
+
+    def __init__(self, config: TileConfig, vision_width: int, language_width: int):
+        super().__init__()
+        self.config = config
+        hidden = language_width * config.mlp_ratio
+        self.linear1 = nn.Linear(vision_width * config.downsample_ratio**2, hidden)
+        self.linear2 = nn.Linear(hidden, language_width)
+        self.image_newline = nn.Parameter(torch.randn(language_width) * language_width**-0.5)
+        self.view_seperator = nn.Parameter(torch.randn(language_width) * language_width**-0.5)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Patches of each tile to a smaller grid: (tiles, g * g, C) -> (tiles, s, s, D), s = ceil(g / 2).
+
+        27 patches a side do not divide by 2, so a 28th row and column of zeros is added: s = 14.
+        """
+        tiles, N, C = x.shape
+        g, r = int(N**0.5), self.config.downsample_ratio
+        x = F.pad(x.view(tiles, g, g, C), (0, 0, 0, -g % r, 0, -g % r))
+        s = x.shape[1] // r
+        x = x.view(tiles, s, r, s, r, C).permute(0, 1, 3, 5, 2, 4)  # (tiles, s, s, C, r, r)
+        return self.linear2(F.gelu(self.linear1(x.flatten(3))))
+
+    def lay_out(self, grids: Tensor, tiles_wide: int, tiles_high: int) -> Tensor:
+        """One image's views to one sequence.
+
+            global view   s rows of s tokens, each with a newline
+            separator
+            local view    th * s rows of tw * s tokens: the tiles side by side, a newline a row
+
+        Args:
+            grids: (1 + tiles_wide * tiles_high, s, s, D), the global view first, then the tiles by rows.
+        Returns: (s (s + 1) + 1 + th s (tw s + 1), D).
+        """
+        s, D = grids.shape[1], grids.shape[-1]
+        tiles = grids[1:].view(tiles_high, tiles_wide, s, s, D).transpose(1, 2)
+        local_view = self._with_newlines(tiles.reshape(tiles_high * s, tiles_wide * s, D))
+        global_view = self._with_newlines(grids[0])
+        views = (global_view, local_view) if self.config.global_view_first else (local_view, global_view)
+        return torch.cat((views[0], self.view_seperator[None], views[1]))
+
+    def _with_newlines(self, grid: Tensor) -> Tensor:
+        """(rows, columns, D) -> (rows * (columns + 1), D)."""
+        newlines = self.image_newline.expand(grid.shape[0], 1, -1)
+        return torch.cat((grid, newlines), dim=1).flatten(0, 1)
+
+    def forward(self, x: Tensor, spatial_crop: Tensor) -> list[Tensor]:
+        """
+        Args:
+            x: (tiles, g * g, C), of each image in turn the global view and then its tiles.
+            spatial_crop: (images, 2) integers, tiles wide and tiles high.
+        Returns: one (tokens, D) tensor an image.
+        Raises: ValueError where the tiles are not as many as spatial_crop says.
+        """
+        crops = [(wide, high) for wide, high in spatial_crop.tolist() if wide and high]
+        counts = [1 + wide * high for wide, high in crops]
+        if sum(counts) != len(x):
+            raise ValueError(f"images_spatial_crop speaks of {sum(counts)} tiles, pixel_values hold {len(x)}")
+        grids = self.project(x).split(counts)
+        return [self.lay_out(grid, *crop) for grid, crop in zip(grids, crops)]

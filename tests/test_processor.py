@@ -27,7 +27,8 @@ SMALL = SHARED / "golden" / "vl-siglip"
 def random_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     """Smooth colours with noise, so that resizing has something to get wrong."""
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (7, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (7, 5, 3), dtype=np.uint8))
+    small = small.resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.integers(-20, 21, (height, width, 3))
     return Image.fromarray((np.asarray(small) + noise).clip(0, 255).astype(np.uint8)).convert(mode)
 
@@ -190,6 +191,21 @@ def test_labels(name, mask_prompt, tmp_path):
 
 
 @needs_shared
+@pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha", "vl2-mla"])
+def test_labels_of_any_answer(name):
+    """No token crosses from a prompt into an answer, whatever the answer starts with."""
+    tested, rng = Processor(golden(name).folder), random.Random(0)
+    tested.mask_prompt = True
+    starts = ['"', "1", " 1", "图", "ü", "-", "\n", "a", "😀", ".", "<|ref|>", "\u3000", "é", "'s", "٣"]
+    for _ in range(150):
+        question, answer = ("".join(rng.choices(starts, k=4)).strip() for _ in range(2))
+        asked = {"role": "user", "content": question}
+        labels = tested([asked, {"role": "assistant", "content": answer}, asked], labels=True)["labels"][0]
+        text = ("" if tested.is_vl2 else " ") + answer + "<｜end▁of▁sentence｜>"
+        assert labels[labels != -100].tolist() == tested.tokenizer.encode(text)
+
+
+@needs_shared
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha"])
 def test_markers_and_images_must_agree(name):
     tested, image = Processor(golden(name).folder), random_image(9, 9)
@@ -291,7 +307,8 @@ def test_tiles_at_full_size(tmp_path):
     settings["candidate_resolutions"] = [[384, 384], [384, 768], [768, 384], [768, 768], [1152, 384]]
     (folder / "processor_config.json").write_text(json.dumps(settings))
     tested = Processor(folder)
-    for (width, height), (wide, high) in {(300, 300): (1, 1), (700, 300): (2, 1), (320, 700): (1, 2), (900, 800): (2, 2)}.items():
+    tilings = {(300, 300): (1, 1), (700, 300): (2, 1), (320, 700): (1, 2), (900, 800): (2, 2)}
+    for (width, height), (wide, high) in tilings.items():
         image = random_image(width, height)
         batch = tested([{"role": "user", "content": "<image>", "images": [image]}])
         assert batch["images_spatial_crop"].tolist() == [[wide, high]]
@@ -403,7 +420,8 @@ def test_chat_template_equals_jinja():
     def part(role):
         if role == "user" and rng.random() < 0.4:
             return {"type": "image", "path": "a.png"}
-        return {"type": "text", "text": rng.choice(["", " ", "\n"]) + rng.choice("abc") + rng.choice([" d", "\n", "  ", ""])}
+        text = rng.choice(["", " ", "\n"]) + rng.choice("abc") + rng.choice([" d", "\n", "  ", ""])
+        return {"type": "text", "text": text}
 
     for _ in range(300):
         roles = ["user", "assistant"] * rng.randrange(3) + ["user"]
@@ -414,11 +432,13 @@ def test_chat_template_equals_jinja():
 @needs_shared
 @pytest.mark.parametrize("kind", ["deepseek_vl", "deepseek_vl_hybrid"])
 def test_batch_equals_transformers_processor(kind, tmp_path):
-    sizes = {"size": {"height": 96, "width": 96}, "high_res_size": {"height": 128, "width": 128}}
-    ours, _, library = transformers_checkpoint(tmp_path / "model", kind, 5, **{k: v for k, v in sizes.items() if k == "size" or "hybrid" in kind})
+    sizes = {"size": {"height": 96, "width": 96}}
+    if kind == "deepseek_vl_hybrid":
+        sizes["high_res_size"] = {"height": 128, "width": 128}
+    ours, _, library = transformers_checkpoint(tmp_path / "model", kind, 5, **sizes)
     images = [random_image(50, 80), random_image(90, 20), random_image(33, 33)]
     conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "What, 12 and ü?"}]}],
+        [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "12 ü?"}]}],
         [
             {"role": "user", "content": [{"type": "image", "image": image} for image in images[1:]]},
             {"role": "assistant", "content": [{"type": "text", "text": "Dogs."}]},
@@ -427,7 +447,8 @@ def test_batch_equals_transformers_processor(kind, tmp_path):
     ]
     library.tokenizer.padding_side = "left"
     prompts = ["<｜begin▁of▁sentence｜>" + ours.prompt(conversation) for conversation in conversations]
-    expected = library(text=prompts, images=[images[:1], images[1:]], padding=True, return_tensors="pt", add_special_tokens=False)
+    options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
+    expected = library(text=prompts, images=[images[:1], images[1:]], **options)
     batch = ours(conversations)
     for key in ("input_ids", "attention_mask"):
         assert torch.equal(batch[key], expected[key])
@@ -525,7 +546,8 @@ def test_16_bit_files(tmp_path):
 def test_lab(tmp_path):
     ImageCms = pytest.importorskip("PIL.ImageCms")
     image = Image.new("RGB", (4, 4), (200, 40, 90))
-    lab = ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
     shown = np.asarray(through_file(lab, tmp_path, "a.tiff")).astype(int)
     assert np.abs(shown - (200, 40, 90)).max() <= 3
 
@@ -533,7 +555,8 @@ def test_lab(tmp_path):
 def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     for name in ("a.gif", "a.webp", "a.png", "a.tiff"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "webp" in name else {}))
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
         assert np.asarray(load_image(tmp_path / name))[0, 0].tolist() == [255, 0, 0]
 
 
@@ -564,7 +587,8 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(100_000, 100_000), (10_001, 10_000), (70_000, 10), (1, 2**31 - 1)])
@@ -767,7 +791,7 @@ BAD_FILES = {
     "another image token": ("vl-siglip", "config.json", {"image_token_id": 7}, "image_token_id 7"),
     "no patch size": ("vl2-mha", "processor_config.json", {"patch_size": KeyError}, "patch_size"),
     "patches of no size": ("vl2-mha", "processor_config.json", {"patch_size": 0}, "zero"),
-    "a context that is no number": ("vl-siglip", "config.json", {"language_config": {"max_position_embeddings": []}}, "int"),
+    "no number": ("vl-siglip", "config.json", {"language_config": {"max_position_embeddings": []}}, "int"),
     "uneven tiles": ("vl2-mha", "processor_config.json", {"candidate_resolutions": [[98, 98], [98, 100]]}, "candidate"),
 }  # fmt: skip
 
