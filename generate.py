@@ -15,16 +15,21 @@ import argparse
 import codecs
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from load_weights import load_model
 from model import DeepseekVL, KVCache
-from processor import Processor, Tokenizer
+from processor import Processor, Tokenizer, load_image
 
 # ---------------------------------------------------------------------------- sampling
 
@@ -227,17 +232,151 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self.tags = {tokenizer.token_to_id(tag) for tag in GROUNDING_TAGS}  # special, but part of the answer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, which may be none."""
-        if self.tokenizer.is_special(token_id):
+        if self.tokenizer.is_special(token_id) and token_id not in self.tags:
             return ""
         return self.utf8.decode(self.tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
         return self.utf8.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------- grounding
+
+# DeepSeek-VL2 answers where something is with <|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], ...]<|/det|>,
+# in thousandths of the image's width and height, 0 to 999. The tags are special tokens.
+GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+COORDINATES = 999
+
+
+class Box(NamedTuple):
+    """Something that an answer located, in pixels: 0 <= left < right <= width, and so down."""
+
+    label: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
+    """The boxes in an answer, whatever shape it is in.
+
+    Inside <|det|>, every innermost bracket of exactly four numbers is a box; one that is never closed
+    counts too. Corners may be swapped, and what reaches beyond the image is cut at its edge. Anything
+    else is passed over: other counts, other text, boxes without an area. Nothing is evaluated.
+
+    Args:
+        text: decoded with its special tokens; image_size: width and height in pixels.
+    Raises: ValueError for an image size that is not positive.
+    """
+    width, height = image_size
+    if width < 1 or height < 1:
+        raise ValueError(f"image_size is {image_size}, expected a positive width and height")
+    boxes, label, tag = [], "", None
+    for part in re.split(r"(<\|/?(?:ref|det)\|>)", text):
+        if re.fullmatch(r"<\|/?(?:ref|det)\|>", part):
+            tag = part
+        elif tag == "<|ref|>":
+            label = part.strip()
+        elif tag == "<|det|>":
+            for bracket in re.findall(r"\[([^\[\]]*)", part):
+                box = to_pixels(bracket, width, height)
+                if box is not None:
+                    boxes.append(Box(label, *box))
+    return boxes
+
+
+def to_pixels(bracket: str, width: int, height: int) -> tuple[int, int, int, int] | None:
+    """Four numbers of a bracket as left, top, right, bottom in pixels; None where they are no box."""
+    numbers = bracket.split(",")
+    if len(numbers) != 4 or not all(re.fullmatch(r"\s*[-+]?\d{1,12}(\.\d{0,12})?\s*", n, re.ASCII) for n in numbers):
+        return None
+    x1, y1, x2, y2 = (min(max(float(n), 0), COORDINATES) / COORDINATES for n in numbers)
+    left, right = sorted((int(x1 * width), int(x2 * width)))
+    top, bottom = sorted((int(y1 * height), int(y2 * height)))
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")  # dark enough for white text
+
+
+def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
+    """A copy of the image with each box outlined and its label beside it, inside the image.
+
+    A label goes above its box, else below, else into it; where another label is, it moves down.
+    """
+    image = image.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    size = max(12, min(image.size) // 32)
+    line = max(2, size // 6)
+    taken: list[tuple[int, int, int, int]] = []
+    for i, box in enumerate(boxes):
+        colour = BOX_COLOURS[i % len(BOX_COLOURS)]
+        corners = (box.left, box.top, max(box.right - 1, box.left), max(box.bottom - 1, box.top))
+        draw.rectangle(corners, outline=colour, width=line)
+    for i, box in enumerate(boxes):
+        font = font_for(box.label, size)
+        text = fit_label(box.label, font, image.width - size) or f"{i + 1}"
+        wide, high = (int(side) + size // 2 for side in font.getbbox(text, anchor="lt")[2:])
+        left = max(0, min(box.left, image.width - wide))
+        places = [box.top - high, box.bottom, *range(box.top, image.height - high, high)]
+        places = [top for top in places if 0 <= top <= image.height - high] or [0]
+        free = [top for top in places if not any(overlap((left, top, left + wide, top + high), t) for t in taken)]
+        place = (left, (free or places)[0], left + wide, (free or places)[0] + high)
+        taken.append(place)
+        draw.rectangle(place, fill=BOX_COLOURS[i % len(BOX_COLOURS)])
+        draw.text((place[0] + size // 4, place[1] + size // 4), text, fill="white", font=font, anchor="lt")
+    return image
+
+
+def overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+# Tried in this order, by name, after Pillow's own, which knows Latin alone.
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "malgun.ttf")
+
+
+@cache
+def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    found = [ImageFont.load_default(size)]
+    for name in FONTS:
+        try:
+            found.append(ImageFont.truetype(name, size))
+        except OSError:
+            pass  # not on this machine
+    return found
+
+
+def font_for(label: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first font that has most of the label's characters."""
+    return max(fonts(size), key=lambda font: sum(has_glyph(font, character) for character in label))
+
+
+@lru_cache(4096)
+def has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether the font draws this character as anything but its sign for a missing one."""
+    return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+
+
+def fit_label(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """One line of printable text that the font can draw, cut to `width` pixels.
+
+    Characters that the font lacks become "?"; a label of nothing else becomes empty.
+    """
+    label = " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+    if not any(has_glyph(font, c) for c in label if not c.isspace()):
+        return ""
+    label = "".join(c if has_glyph(font, c) else "?" for c in label)
+    while font.getlength(label) > width and len(label) > 1:
+        label = label[:-2] + "…" if has_glyph(font, "…") else label[:-1]
+    return label
 
 
 # ---------------------------------------------------------------------------- command line
@@ -308,6 +447,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the device's fastest)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
+    add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
     return parser.parse_args(arguments)
 
@@ -315,7 +455,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def make_message(prompt: str | None, images: list[str]) -> dict:
     """The user's message. Images go first where the prompt has no marker for them.
 
-    Raises: ValueError where there is nothing to ask.
+    Raises: ValueError where there is nothing to ask, or an image that cannot be read.
     """
     if prompt is None:
         if not images:
@@ -323,16 +463,43 @@ def make_message(prompt: str | None, images: list[str]) -> dict:
         prompt = "Describe this image."
     if "<image>" not in prompt and "<image_placeholder>" not in prompt:
         prompt = "<image>" * len(images) + prompt
-    return {"role": "user", "content": prompt, "images": images}
+    return {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
 
 
-def run(args: argparse.Namespace, note) -> None:
-    """Load, answer, report. `note` prints progress, which overwrites itself."""
+def check_boxes_file(file: str | None, images: list[str]) -> None:
+    """Raise ValueError where --boxes could not be drawn, before any time is spent."""
+    if file is None:
+        return
+    if not images:
+        raise ValueError("--boxes draws on an image, give --image")
+    if Path(file).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--boxes {file}: expected a name that ends in .png, .jpg or .webp")
+    if not Path(file).resolve().parent.is_dir():
+        raise ValueError(f"--boxes {file}: there is no such folder to write in")
+
+
+def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
+    """Draw the answer's boxes on the image and save it, whole or not at all. Returns what was done."""
+    boxes = parse_boxes(answer, image.size)
+    if not boxes:
+        return f"the answer locates nothing, {file} is not written"
+    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        draw_boxes(image, boxes).save(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return f"{len(boxes)} box{'es' * (len(boxes) > 1)} drawn in {file}"
+
+
+def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
+    """Load, answer, report. `note` shows progress, each text in place of the last."""
     options = {
         name: getattr(args, name)
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "chunk_size")
     }
     check_options(**options)
+    check_boxes_file(args.boxes, args.image)
     if args.model is None:
         raise ValueError("--model is missing, expected a checkpoint folder")
     message = make_message(args.prompt, args.image)
@@ -340,33 +507,37 @@ def run(args: argparse.Namespace, note) -> None:
     dtype = pick_dtype(args.dtype, device)
 
     processor = Processor(args.model)
-    batch = processor([message], system=args.system)  # bad images are told before the long load
+    batch = processor([message], system=args.system)
     note(f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}")
     start = time.perf_counter()
-    model = load_model(args.model, dtype=dtype, device=device)
-    model.pack()
+    model = load_model(args.model, dtype=dtype, device=device).pack()
     prompt_tokens = batch["input_ids"].shape[1]
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
-    text = TextStream(processor.tokenizer)
-    start, first, count, last = time.perf_counter(), None, 0, ""
+    text, answer = TextStream(processor.tokenizer), ""
+    start, first, count = time.perf_counter(), 0.0, 0
+
+    def say(piece: str) -> None:
+        nonlocal answer
+        answer += piece
+        print(piece, end="", flush=True)
+
     try:
         for new in stream(model, batch, **options):
-            if first is None:
+            if not count:
                 first = time.perf_counter()
                 note("")
             count += 1
-            piece = text.push(new)
-            last = piece or last
-            print(piece, end="", flush=True)
-    finally:  # also after Ctrl-C: what was produced ends as whole lines
-        if first is not None:
-            piece = text.finish()
-            last = piece or last
-            print(piece, end="" if last.endswith("\n") else "\n", flush=True)
+            say(text.push(new))
+    finally:  # also after Ctrl-C: what was produced ends as a whole line
+        if count:
             now = time.perf_counter()
+            say(text.finish())
+            say("" if answer.endswith("\n") else "\n")
             rate = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 else ""
             note(f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n")
+    if args.boxes is not None:
+        print(save_boxes(Path(args.boxes), message["images"][-1], answer), file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,9 +14,11 @@ Nothing of a checkpoint is ever executed: JSON, safetensors, and pickles with we
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,10 @@ from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
 
+# Beyond these a config is damaged: refused before it costs time and memory.
+MAX_NUMBER = 2**31 - 1
+MAX_BLOCKS = 20_000  # layers, or layers times experts; DeepSeek-VL2 has 30 x 72
+
 
 class Section:
     """A JSON object of a config that knows its own name, so that errors can tell it."""
@@ -39,24 +45,32 @@ class Section:
         self.values, self.name = values, name
 
     def section(self, key: str) -> Section:
-        return Section(self.values.get(key, {}), f"{self.name}: {key}")
+        """The object inside; an absent or null one is empty."""
+        value = self.values.get(key)
+        return Section({} if value is None else value, f"{self.name}: {key}")
 
     def get(self, key: str, default: Any, least: float | None = None) -> Any:
-        """The value, of the default's type; an absent or null one is the default.
-
-        Numbers must be above zero, or `least` and more.
-        """
+        """A number of the default's type, above zero, or `least` and more; absent or null it is the default."""
         value = self.values.get(key)
-        if value is None:
+        return default if value is None else self._number(key, value, type(default), least)
+
+    def numbers(self, key: str, default: tuple, least: float | None = None, same_length: bool = True) -> tuple:
+        """A list of numbers like `default`, and as many unless told otherwise; absent or null it is the default."""
+        values = self.values.get(key)
+        if values is None:
             return default
-        wanted = type(default)
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted or (wanted in (int, float) and not (value > 0 if least is None else value >= least)):
-            kind = {int: "an integer", float: "a number", list: "a list"}[wanted]
-            bound = {int: " above 0", float: " above 0", list: ""}[wanted] if least is None else f" of {least} or more"
-            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind}{bound}")
-        return value
+        if not isinstance(values, list) or (same_length and len(values) != len(default)):
+            count = len(default) if same_length else "some"
+            raise ValueError(f"{self.name}: {key} is {values!r}, expected a list of {count} numbers")
+        return tuple(self._number(f"{key}[{i}]", value, type(default[0]), least) for i, value in enumerate(values))
+
+    def _number(self, key: str, value: Any, wanted: type, least: float | None) -> Any:
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        if not fits or not (0 < value if least is None else least <= value) or value > MAX_NUMBER:
+            kind = {int: "an integer", float: "a number"}[wanted]
+            bound = "above 0" if least is None else f"of {least} or more"
+            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind} {bound}, at most {MAX_NUMBER}")
+        return wanted(value)
 
     def expect(self, key: str, *allowed: Any) -> Any:
         """The value, which must be one of `allowed`; an absent one is the first of them."""
@@ -106,16 +120,17 @@ def official_sam(params: Section) -> SAMConfig:
         heads=params.get("heads", default.heads),
         mlp_width=int(width * params.get("mlp_ratio", 4.0)),
         window=params.get("window_size", default.window),
-        global_layers=tuple(params.get("global_attn_indexes", list(default.global_layers))),
+        global_layers=params.numbers("global_attn_indexes", default.global_layers, least=0, same_length=False),
         neck_channels=params.get("neck_channels", default.neck_channels),
-        downsample_channels=tuple(params.get("downsample_channels", list(default.downsample_channels))),
+        downsample_channels=params.numbers("downsample_channels", default.downsample_channels),
     )
 
 
 def official_pixel_norm(params: Section, default: PixelNorm) -> PixelNorm:
-    mean, std = (params.get(key, list(value)) for key, value in
-                 (("pixel_mean", default.mean), ("pixel_std", default.std)))
-    return PixelNorm(tuple(mean), tuple(std))
+    return PixelNorm(
+        mean=params.numbers("pixel_mean", default.mean, least=0.0),
+        std=params.numbers("pixel_std", default.std),
+    )
 
 
 def official_vision(config: Section) -> SigLIPConfig | HybridConfig:
@@ -162,13 +177,13 @@ def transformers_sam(config: Section) -> SAMConfig:
         heads=config.get("num_attention_heads", default.heads),
         mlp_width=config.get("mlp_dim", int(width * config.get("mlp_ratio", 4.0))),
         window=config.get("window_size", default.window),
-        global_layers=tuple(config.get("global_attn_indexes", list(default.global_layers))),
+        global_layers=config.numbers("global_attn_indexes", default.global_layers, least=0, same_length=False),
         neck_channels=channels,
         downsample_channels=(2 * channels, 4 * channels),
     )
 
 
-def llama(config: Section, tie_word_embeddings: bool = False) -> LanguageConfig:
+def llama(config: Section) -> LanguageConfig:
     """A Llama config in which absent keys have the defaults of transformers' LlamaConfig."""
     config.expect("model_type", "llama")
     config.expect("hidden_act", "silu")
@@ -193,7 +208,7 @@ def llama(config: Section, tie_word_embeddings: bool = False) -> LanguageConfig:
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        tie_word_embeddings=config.get("tie_word_embeddings", tie_word_embeddings),
+        tie_word_embeddings=config.expect("tie_word_embeddings", False, True),
     )
 
 
@@ -329,12 +344,12 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def read_layout_and_config(folder: Path) -> tuple[Layout, ModelConfig]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such checkpoint folder")
     file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file, expected a checkpoint folder with a config.json")
     values = read_json(file)
     kind = values.get("model_type")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise ValueError(f"{file}: model_type is {kind!r}, expected one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
     config = layout.read_config(Section(values, str(file)))
@@ -345,11 +360,17 @@ def read_layout_and_config(folder: Path) -> tuple[Layout, ModelConfig]:
 
 def check_sizes(config: ModelConfig, file: Path) -> None:
     """Raise ValueError where the sizes do not fit each other."""
-    towers = [config.vision]
+    language, towers = config.language, [config.vision]
     if isinstance(config.vision, HybridConfig):
         towers = [config.vision.low, config.vision.high]
         if not config.vision.high.global_layers or max(config.vision.high.global_layers) >= config.vision.high.layers:
             raise ValueError(f"{file}: global_attn_indexes do not fit {config.vision.high.layers} SAM layers")
+    experts = language.experts.n_routed_experts if language.experts else 1
+    for blocks in (language.num_hidden_layers * experts, *(tower.layers for tower in towers)):
+        if blocks > MAX_BLOCKS:
+            raise ValueError(f"{file}: {blocks} layers or experts, expected at most {MAX_BLOCKS}")
+    if language.rope_dim < 2 or language.rope_dim % 2:
+        raise ValueError(f"{file}: heads of {language.rope_dim} values cannot be rotated in pairs")
     for tower in towers:
         if tower.width % tower.heads:
             raise ValueError(f"{file}: vision width {tower.width} is no multiple of {tower.heads} heads")
@@ -518,11 +539,14 @@ def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict
 
 # ---------------------------------------------------------------------------- files
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 8 bits and fewer would need scales
+
 
 class WeightFile:
     """One file of tensors, opened without reading them: safetensors, or a pickle of weights only.
 
-    Tensors come as views of the mapped file, so reading one costs no private memory.
+    Tensors come as views of the mapped file, so reading one costs no private memory. (A pickle
+    from before 2020 is no zip file, cannot be mapped, and is read as a whole.)
     """
 
     def __init__(self, path: Path):
@@ -534,8 +558,10 @@ class WeightFile:
                 self._file = safe_open(path, framework="pt")
                 self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}
             else:
-                self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                self.shapes = {name: tuple(tensor.shape) for name, tensor in self._file.items()}
+                self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                self.shapes = plain_shapes(self._file)
+        except (UnpicklingError, EOFError, LookupError):  # torch's text for these advises to run the pickle
+            raise ValueError(f"{path}: not a readable weight file (not a pickle of tensors alone)") from None
         except Exception as error:  # both libraries raise many kinds on a damaged file
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{path}: not a readable weight file ({reason})") from None
@@ -544,6 +570,17 @@ class WeightFile:
         if isinstance(self._file, dict):
             return self._file[name]
         return self._file.get_tensor(name)
+
+
+def plain_shapes(pickled: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a dict of ordinary tensors. Raises: ValueError for anything else."""
+    if not isinstance(pickled, dict):
+        raise ValueError(f"expected a dict of tensors, found {type(pickled).__name__}")
+    for name, tensor in pickled.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not isinstance(name, str):
+            raise ValueError(f"{name!r} is no ordinary tensor with a name")
+    return {name: tuple(tensor.shape) for name, tensor in pickled.items()}
 
 
 def open_weights(folder: Path) -> dict[str, WeightFile]:
@@ -566,6 +603,8 @@ def open_weights(folder: Path) -> dict[str, WeightFile]:
 
 def open_shards(index: Path) -> dict[str, WeightFile]:
     weight_map = Section(read_json(index), str(index)).section("weight_map").values
+    if not weight_map:
+        raise ValueError(f"{index}: no weight_map, expected an object of tensor names and file names")
     files: dict[str, WeightFile] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
@@ -578,7 +617,7 @@ def open_shards(index: Path) -> dict[str, WeightFile]:
     if stored.keys() != weight_map.keys():
         name = min(stored.keys() - weight_map.keys())
         raise ValueError(f"{stored[name].path}: holds tensor {name}, which {index.name} does not list")
-    return stored
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
 def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layout: Layout, folder: Path) -> None:
@@ -623,8 +662,11 @@ def load_model(
     head = checkpoint_names("lm_head.weight", layout.names)[0]
     if head in files:  # a head that is in the file is its own tensor, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
-    with torch.device("meta"):
-        model = DeepseekVL(config)
+    try:
+        with torch.device("meta"):
+            model = DeepseekVL(config)
+    except RuntimeError as error:  # without memory, all that can fail is counting the bytes
+        raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory ({error})") from None
     expected = expected_tensors(model, layout, set(files))
     if config.language.tie_word_embeddings:
         del expected[head]
@@ -647,13 +689,13 @@ def read_parameters(
     if dtype is None:
         embedding = sources["language.embed_tokens.weight"][0]
         dtype = files[embedding].read(embedding).dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, expected a floating point type")
+    elif dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     for parameter, names in sources.items():
         parts = [files[name].read(name) for name in names]
         for name, part in zip(names, parts):
-            if not part.is_floating_point():
-                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected floating point")
+            if part.dtype not in FLOATS:
+                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected one of {FLOATS}")
         parts = [part.to(device=device, dtype=dtype) for part in parts]  # no copy where nothing changes
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if parameter.endswith("pos_embed") and tensor.dim() == 2:

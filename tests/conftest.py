@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,3 +39,126 @@ def golden(name: str) -> SimpleNamespace:
         batch=cases["batch"],
         tensors=load_file(folder / "golden.safetensors"),
     )
+
+
+@cache
+def golden_model(name: str) -> tuple:
+    """The model of a golden checkpoint in float32, and its processor."""
+    from load_weights import load_model
+    from processor import Processor
+
+    folder = golden(name).folder
+    return load_model(folder, dtype=torch.float32), Processor(folder)
+
+
+# ------------------------------------------------------------------ small random models, ours and transformers'
+
+KINDS = ["siglip", "hybrid"]  # the architectures of DeepSeek-VL 1.3B and 7B
+
+IMAGE_TOKEN = 7  # the id that stands for an image token in the small models
+IMAGE_TOKENS = 36  # of one image: 26 pixels hold 6 x 6 patches of 4, and the last two pixels are dropped
+VOCABULARY = 120
+
+SMALL_SIGLIP = dict(
+    model_type="siglip_vision_model", image_size=26, patch_size=4, hidden_size=32, num_hidden_layers=2,
+    num_attention_heads=4, intermediate_size=48,
+)  # fmt: skip
+SMALL_SAM = dict(
+    model_type="sam_vision_model", image_size=80, patch_size=8, hidden_size=24, num_hidden_layers=3,
+    num_attention_heads=3, mlp_dim=40, window_size=4, global_attn_indexes=[1, 2], output_channels=8,
+)  # fmt: skip  # a 10 x 10 grid, which windows of 4 do not divide
+SMALL_LLAMA = dict(
+    model_type="llama", hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=16, vocab_size=VOCABULARY, max_position_embeddings=256, rope_theta=500.0,
+)  # fmt: skip
+
+
+def random_transformers_model(kind: str, seed: int = 0, hidden_act: str = "gelu", tie: bool = False, **language):
+    """transformers' model of one architecture, eager attention, every parameter random, alpha not zero.
+
+    `language` changes entries of SMALL_LLAMA.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = dict(
+        vision_config=SMALL_SIGLIP | {"hidden_act": hidden_act},
+        text_config=SMALL_LLAMA | language,
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=tie,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "siglip":
+            model = transformers.DeepseekVLForConditionalGeneration(transformers.DeepseekVLConfig(**config))
+        else:
+            config |= {"high_res_vision_config": SMALL_SAM}
+            model = transformers.DeepseekVLHybridForConditionalGeneration(transformers.DeepseekVLHybridConfig(**config))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.3)
+            else:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    if kind == "hybrid":
+        torch.nn.init.constant_(model.model.high_res_vision_alpha, 0.7)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def small_pair(tmp_path_factory):
+    """small_pair(kind, **options) -> folder, and `theirs`, saved there, and `ours`, loaded from there.
+
+    Options are those of `random_transformers_model`; `end` is the id of the end token, or a tuple of them.
+    """
+
+    def make(kind: str, end: int | tuple[int, ...] | None = None, **options) -> SimpleNamespace:
+        from load_weights import load_model
+
+        theirs = random_transformers_model(kind, **options)
+        theirs.generation_config.eos_token_id = list(end) if isinstance(end, tuple) else end
+        folder = tmp_path_factory.mktemp(kind)
+        theirs.save_pretrained(folder)
+        return SimpleNamespace(folder=folder, theirs=theirs, ours=load_model(folder))
+
+    return cache(make)
+
+
+def random_batch(kind: str, lengths: tuple[int, ...] = (54, 42), pad_id: int = 0, seed: int = 0) -> dict:
+    """One conversation a length, each an image between two texts; shorter ones are padded on the left."""
+    random = torch.Generator().manual_seed(seed)
+    rows, longest = len(lengths), max(lengths)
+    input_ids = torch.full((rows, longest), pad_id)
+    attention_mask = torch.zeros(rows, longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids = torch.randint(10, VOCABULARY, (length,), generator=random)
+        ids[3 : 3 + IMAGE_TOKENS] = IMAGE_TOKEN
+        input_ids[row, longest - length :] = ids
+        attention_mask[row, longest - length :] = 1
+    side = SMALL_SIGLIP["image_size"]
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(rows, 3, side, side, generator=random),
+    }
+    if kind == "hybrid":
+        side = SMALL_SAM["image_size"]
+        batch["high_res_pixel_values"] = torch.randn(rows, 3, side, side, generator=random)
+    return batch
+
+
+def alone(batch: dict, row: int) -> dict:
+    """One conversation of `random_batch`, without its padding."""
+    real = batch["attention_mask"][row].bool()
+    text = {name: batch[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
+    return text | {name: batch[name][row : row + 1] for name in batch if "pixel_values" in name}
+
+
+def relative_error(tested: torch.Tensor, expected: torch.Tensor) -> float:
+    """|tested - expected| / |expected|, Euclidean norms over all values."""
+    expected = expected.double()
+    return ((tested.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_close(tested: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert tested.shape == expected.shape
+    error = relative_error(tested, expected)
+    assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e} is right"

@@ -139,7 +139,8 @@ def test_system_texts():
     vl, vl2 = Processor(SMALL), Processor(golden("vl2-mha").folder)
     hello = {"role": "user", "content": "Hello"}
     system = {"role": "system", "content": " Be brief. "}
-    assert vl.prompt([system, hello]) == vl.prompt([hello], system="Be brief.") == "Be brief.\n\nUser: Hello\n\nAssistant:"
+    brief = "Be brief.\n\nUser: Hello\n\nAssistant:"
+    assert vl.prompt([system, hello]) == vl.prompt([hello], system="Be brief.") == brief
     assert vl.prompt([hello], system="") == "User: Hello\n\nAssistant:"
     assert vl.prompt([hello]).startswith(processor.SYSTEM_TEXT + "\n\nUser: Hello")
     assert vl2.prompt([system, hello]) == "Be brief.<|User|>: Hello\n\n<|Assistant|>:"
@@ -198,7 +199,7 @@ def test_labels_of_any_answer(name):
     tested.mask_prompt = True
     starts = ['"', "1", " 1", "图", "ü", "-", "\n", "a", "😀", ".", "<|ref|>", "\u3000", "é", "'s", "٣"]
     for _ in range(150):
-        question, answer = ("".join(rng.choices(starts, k=4)).strip() for _ in range(2))
+        question, answer = ("".join(rng.choices(starts, k=4)).strip() or "a" for _ in range(2))
         asked = {"role": "user", "content": question}
         labels = tested([asked, {"role": "assistant", "content": answer}, asked], labels=True)["labels"][0]
         text = ("" if tested.is_vl2 else " ") + answer + "<｜end▁of▁sentence｜>"

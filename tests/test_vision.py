@@ -1,0 +1,237 @@
+"""vision.py part by part: against the golden files, transformers' modules with the same weights, and the equations.
+
+A pair of small models, `small_pair(kind)`, has the same random weights in our modules and in
+transformers', so a part is tested by giving both the same input.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VL_GOLDENS, assert_close, golden, golden_model, needs_shared
+from PIL import Image
+
+from vision import (
+    PatchEmbed,
+    attention,
+    attention_in_row_blocks,
+    relative_bias,
+    relative_positions,
+    window_partition,
+    window_unpartition,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded_without_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def loud_and_faint(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs for a part that normalizes; the second's variance is 1e-5, so that the 1e-6 in a LayerNorm shows."""
+    return torch.randn(shape), torch.randn(shape) * 0.003
+
+
+# ------------------------------------------------------------------------------------ golden files
+
+
+@needs_shared
+@pytest.mark.parametrize("name", VL_GOLDENS)
+def test_features_equal_the_originals(name):
+    (model, _), tensors = golden_model(name), golden(name).tensors
+    pixels = tensors["0.pixel_values"]
+    if name == "vl-hybrid":
+        high, low = model.vision(*model.vision.split(pixels))
+        assert_close(high, tensors["0.vision_high"])
+        assert_close(low, tensors["0.vision_low"])
+    else:
+        assert_close(model.vision(pixels), tensors["0.vision"])
+    assert_close(torch.stack(model.encode_images({"pixel_values": pixels})), tensors["0.image_features"])
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("bias", [None, "values", "minus infinity"])
+def test_attention_written_out_equals_fused(bias, scale):
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 6)
+    if bias is not None:
+        hidden = torch.arange(9) >= torch.arange(4, 9)[:, None]
+        bias = torch.randn(2, 1, 5, 9) if bias == "values" else torch.zeros(5, 9).masked_fill(hidden, -torch.inf)
+    out, weights = attention(q, k, v, bias, scale)
+    assert_close(out, F.scaled_dot_product_attention(q, k, v, bias, scale=scale), 1e-6)
+    assert_close(weights.sum(-1), torch.ones(2, 3, 5), 1e-6)
+    assert_close(weights @ v, out, 1e-6)
+
+
+def test_attention_weights_are_float32_until_they_multiply():
+    q, k, v = (torch.randn(1, 1, n, 8).bfloat16() for n in (4, 300, 300))
+    scores = (q @ k.mT * 8**-0.5).float()
+    assert torch.equal(attention(q, k, v)[1], scores.softmax(-1).bfloat16())
+
+
+@pytest.mark.parametrize("limit", [1, 6**3 * 6 * 2, 10**4, 2**24])  # a row at a time, two, a few that leave a rest, all
+def test_attention_in_row_blocks_equals_attention_with_the_whole_bias(limit):
+    B, H, g, d = 2, 3, 6, 4
+    q, k, v = torch.randn(3, B, H, g * g, d)
+    by_row, by_column = torch.randn(2, B, H, g, g, g)
+    bias = by_row[..., :, None] + by_column[..., None, :]
+    expected, _ = attention(q, k, v, bias.reshape(B, H, g * g, g * g))
+    assert_close(attention_in_row_blocks(q, k, v, by_row, by_column, limit), expected, 1e-6)
+
+
+# ------------------------------------------------------------------------------------ patches
+
+
+def test_patches_are_cut_row_by_row_and_the_rest_is_dropped():
+    """10 x 14 pixels hold 2 x 3 patches of 4; a patch is its 48 values times a matrix, plus a bias."""
+    patches, pixels = PatchEmbed(4, 5), torch.randn(1, 3, 10, 14)
+    matrix, bias = patches.proj.weight.flatten(1), patches.proj.bias
+    out = patches(pixels)
+    assert out.shape == (1, 5, 2, 3)
+    for row, column in itertools.product(range(2), range(3)):
+        patch = pixels[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+        assert_close(out[0, :, row, column], matrix @ patch + bias)
+
+
+# ------------------------------------------------------------------------------------ SigLIP
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
+def test_siglip_layer(small_pair, hidden_act):
+    pair = small_pair("siglip", hidden_act=hidden_act)
+    ours, theirs = pair.ours.vision.blocks[1], pair.theirs.model.vision_model.encoder.layers[1]
+    for x in loud_and_faint(2, 36, 32):
+        assert_close(ours(x), theirs(x, attention_mask=None))
+
+
+def test_siglip(small_pair):
+    pair = small_pair("siglip")
+    pixels = torch.randn(2, 3, 26, 26)
+    assert_close(pair.ours.vision(pixels), pair.theirs.model.vision_model(pixels).last_hidden_state)
+
+
+# ------------------------------------------------------------------------------------ SAM
+
+
+def test_windows_are_squares_of_the_grid_padded_with_zeros():
+    x = torch.randn(2, 5, 7, 3)
+    windows = window_partition(x, 4)
+    assert windows.shape == (2 * 2 * 2, 4, 4, 3)
+    for image, row, column in itertools.product(range(2), range(2), range(2)):
+        window = windows[4 * image + 2 * row + column]
+        inside = x[image, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        height, width = inside.shape[:2]
+        assert torch.equal(window[:height, :width], inside)
+        assert not window[height:].any() and not window[:, width:].any()
+
+
+@pytest.mark.parametrize("height, width", [(5, 7), (8, 4), (3, 3)])
+def test_window_unpartition_undoes_window_partition(height, width):
+    x = torch.randn(2, height, width, 3)
+    assert torch.equal(window_unpartition(window_partition(x, 4), 4, height, width), x)
+
+
+def test_relative_positions_are_looked_up_by_query_minus_key():
+    table = torch.randn(9, 4)
+    looked_up = relative_positions(table, 5)
+    assert looked_up.shape == (5, 5, 4)
+    for query, key in itertools.product(range(5), range(5)):
+        assert torch.equal(looked_up[query, key], table[query - key + 4])
+
+
+def test_relative_bias_is_the_query_times_the_vectors_of_both_offsets():
+    q, table_h, table_w = torch.randn(2, 3, 4, 4, 6), torch.randn(7, 6), torch.randn(7, 6)
+    by_row, by_column = relative_bias(q, table_h, table_w)
+    for qh, qw, kh, kw in itertools.product(range(4), repeat=4):
+        query = q[:, :, qh, qw]
+        expected = query @ table_h[qh - kh + 3] + query @ table_w[qw - kw + 3]
+        torch.testing.assert_close(by_row[:, :, qh, qw, kh] + by_column[:, :, qh, qw, kw], expected)
+
+
+@pytest.mark.parametrize("layer, window", [(0, 4), (1, 0)], ids=["windowed", "global"])
+def test_sam_layer(small_pair, layer, window):
+    pair = small_pair("hybrid")
+    ours = pair.ours.vision.high.blocks[layer]
+    theirs = pair.theirs.model.high_res_vision_model.vision_encoder.layers[layer]
+    assert ours.window == theirs.window_size == window
+    for x in loud_and_faint(2, 10, 10, 24):
+        assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("which", ["late", "early"])
+def test_neck(small_pair, which):
+    pair = small_pair("hybrid")
+    ours, theirs = pair.ours.vision.high, pair.theirs.model
+    ours, theirs = {
+        "late": (ours.neck, theirs.high_res_vision_model.vision_encoder.neck),
+        "early": (ours.neck_hd, theirs.high_res_vision_neck),
+    }[which]
+    for x in loud_and_faint(2, 10, 10, 24):
+        assert_close(ours(x.permute(0, 3, 1, 2)), theirs(x))
+
+
+def test_sam_with_early_features(small_pair):
+    """The whole high-resolution tower: late features, plus alpha times those of the first global layer."""
+    pair = small_pair("hybrid")
+    assert pair.ours.vision.high.hd_alpha_downsamples.item() == pytest.approx(0.7)
+    pixels = torch.randn(2, 3, 80, 80)
+    assert_close(pair.ours.vision.high(pixels), pair.theirs.model.get_high_res_image_features(pixels).last_hidden_state)
+
+
+def test_alpha_weighs_the_early_features(small_pair):
+    """Late and early features alone come out at alpha 0, and as what one unit of alpha adds."""
+    sam, x = small_pair("hybrid").ours.vision.high, torch.randn(1, 3, 80, 80)
+    learned, features = sam.hd_alpha_downsamples.clone(), {}
+    for alpha in (0.0, 1.0, -3.0):
+        sam.hd_alpha_downsamples.fill_(alpha)
+        features[alpha] = sam(x)
+    sam.hd_alpha_downsamples.copy_(learned)
+    early = features[1.0] - features[0.0]
+    assert early.norm() > 0.1 * features[0.0].norm()
+    assert_close(features[-3.0], features[0.0] - 3 * early)
+
+
+# ------------------------------------------------------------------------------------ hybrid tower
+
+
+@needs_shared
+def test_split_normalizes_the_picture_and_its_small_copy():
+    """The small copy is an antialiased one: what PIL's bilinear filter makes of the floating point channels."""
+    tower = golden_model("vl-hybrid")[0].vision
+    picture = torch.randn(1, 3, 256, 256).sigmoid()
+    high, low = tower.split(picture)
+
+    channels = [Image.fromarray(channel.numpy()).resize((96, 96), Image.Resampling.BILINEAR) for channel in picture[0]]
+    small = torch.stack([torch.tensor(np.asarray(channel)) for channel in channels])[None]
+    assert_close(low, (small - 0.5) / 0.5)
+
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    assert_close(high, ((picture.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2))
+
+
+def test_split_works_in_float32_whatever_it_is_given(small_pair):
+    tower = small_pair("hybrid").ours.vision
+    picture = torch.randn(1, 3, 80, 80).sigmoid().bfloat16()
+    for half, full in zip(tower.split(picture), tower.split(picture.float())):
+        assert half.dtype == torch.float32 and torch.equal(half, full)
+
+
+# ------------------------------------------------------------------------------------ aligners
+
+
+def test_mlp_aligner(small_pair):
+    pair, x = small_pair("siglip"), torch.randn(2, 36, 32)
+    assert_close(pair.ours.aligner(x), pair.theirs.model.aligner(x))
+
+
+def test_hybrid_aligner(small_pair):
+    pair, (high, low) = small_pair("hybrid"), torch.randn(2, 2, 36, 32)
+    expected = pair.theirs.model.aligner(vision_encodings=low, high_res_vision_encodings=high)
+    assert_close(pair.ours.aligner(high, low), expected)
