@@ -64,9 +64,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One id a row: the largest logit at temperature 0, otherwise drawn from the softmax.
 
     Args:
@@ -390,8 +388,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, here in available.items() if here)
     if not available[name]:
-        raise ValueError(f"--device {name}: there is none here, expected one of "
-                         + ", ".join(device for device, here in available.items() if here))
+        raise ValueError(
+            f"--device {name}: there is none here, expected one of "
+            + ", ".join(device for device, here in available.items() if here)
+        )
     return torch.device(name)
 
 
@@ -452,8 +452,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_message(prompt: str | None, images: list[str]) -> dict:
-    """The user's message. Images go first where the prompt has no marker for them.
+def make_message(prompt: str | None, images: list[str], marker: str) -> dict:
+    """The user's message. Images go first, as `marker`, where the prompt has no marker for them.
 
     Raises: ValueError where there is nothing to ask, or an image that cannot be read.
     """
@@ -462,7 +462,7 @@ def make_message(prompt: str | None, images: list[str]) -> dict:
             raise ValueError("nothing to do: give --image, --prompt or both")
         prompt = "Describe this image."
     if "<image>" not in prompt and "<image_placeholder>" not in prompt:
-        prompt = "<image>" * len(images) + prompt
+        prompt = marker * len(images) + prompt
     return {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
 
 
@@ -502,11 +502,11 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     check_boxes_file(args.boxes, args.image)
     if args.model is None:
         raise ValueError("--model is missing, expected a checkpoint folder")
-    message = make_message(args.prompt, args.image)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
     processor = Processor(args.model)
+    message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
     note(f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}")
     start = time.perf_counter()
@@ -535,7 +535,9 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
             say(text.finish())
             say("" if answer.endswith("\n") else "\n")
             rate = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 else ""
-            note(f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n")
+            note(
+                f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n"
+            )
     if args.boxes is not None:
         print(save_boxes(Path(args.boxes), message["images"][-1], answer), file=sys.stderr)
 

@@ -631,9 +631,7 @@ def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layou
         target = expected[missing[0]]
         raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
     unused = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in layout.unused]
-    extra = sorted(
-        name for name in files.keys() - expected.keys() if not any(p.fullmatch(name) for p in unused)
-    )
+    extra = sorted(name for name in files.keys() - expected.keys() if not any(p.fullmatch(name) for p in unused))
     if extra:
         raise ValueError(f"{folder}: unexpected tensor {listed(extra)}, the model of config.json has no such part")
     for name, target in expected.items():
@@ -644,9 +642,7 @@ def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layou
             )
 
 
-def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> DeepseekVL:
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory, and each tensor is put in place as it is read: converted

@@ -190,7 +190,11 @@ def yarn_frequencies(frequencies: Tensor, config: LanguageConfig) -> Tensor:
     yarn, d = config.yarn, config.rope_dim
 
     def pair_that_turns(times: float) -> float:
-        return d * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return (
+            d
+            * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
+        )
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
@@ -266,7 +270,10 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self.layers = [
-            [torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device) for heads, width in config.cached]
+            [
+                torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device)
+                for heads, width in config.cached
+            ]
             for _ in range(config.num_hidden_layers)
         ]
 
@@ -354,9 +361,7 @@ def causal_attention(
         if T == 1 and q.device.type == "cpu":
             return one_token_attention(q, k, v, visible, scale), None
         causal = visible is None and T > 1
-        out = F.scaled_dot_product_attention(
-            q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out, None
     if grouped:  # repeat each key/value head for the queries that share it
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -573,7 +578,7 @@ class Router(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Shared experts for every token, plus the k routed ones that the router chose for it.
 
-        y = shared(x) + sum over chosen e of weight_e * expert_e(x)
+    y = shared(x) + sum over chosen e of weight_e * expert_e(x)
     """
 
     def __init__(self, config: LanguageConfig):

@@ -363,8 +363,7 @@ class SAM(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.pos_embed = nn.Parameter(torch.randn(1, config.grid, config.grid, config.width) * 0.02)
         self.blocks = nn.ModuleList(
-            SAMBlock(config, window=0 if i in config.global_layers else config.window)
-            for i in range(config.layers)
+            SAMBlock(config, window=0 if i in config.global_layers else config.window) for i in range(config.layers)
         )
         self.neck = make_neck(config.width, config.neck_channels)
         self.neck_hd = make_neck(config.width, config.neck_channels)
@@ -423,9 +422,7 @@ class HybridConfig:
     low: SigLIPConfig = SigLIPConfig()
     high: SAMConfig = SAMConfig()
     low_norm: PixelNorm = PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    high_norm: PixelNorm = PixelNorm(
-        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    )
+    high_norm: PixelNorm = PixelNorm((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class HybridTower(nn.Module):

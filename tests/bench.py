@@ -3,6 +3,7 @@
     python tests/bench.py            everything
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
     python tests/bench.py load       loading a float16 file: seconds, and private memory at its peak
+    python tests/bench.py vl2        DeepSeek-VL2 tiny, beside what the machine allows; prefill by chunks
 
 The weights are random: speed does not depend on them. Both models run in one process, in turns,
 after a warm-up; a figure is the median of its turns. Nothing here is asserted.
@@ -11,6 +12,7 @@ after a warm-up; a figure is the median of its turns. Nothing here is asserted.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -25,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from generate import generate  # noqa: E402
-from load_weights import OFFICIAL, expected_tensors, load_model  # noqa: E402
-from model import DeepseekVL, LanguageConfig, ModelConfig, PackedLinear  # noqa: E402
-from vision import SigLIPConfig  # noqa: E402
+from load_weights import OFFICIAL, TRANSFORMERS, Layout, expected_tensors, load_model  # noqa: E402
+from model import DeepseekVL, ExpertsConfig, LanguageConfig, ModelConfig, PackedLinear  # noqa: E402
+from vision import SigLIPConfig, TileConfig  # noqa: E402
 
 CONFIG = ModelConfig(
     vision=SigLIPConfig(),
@@ -65,31 +67,55 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def prompt() -> dict[str, torch.Tensor]:
+    """640 random tokens, 576 of which are of a random image."""
+    ids = torch.randint(0, 100000, (1, PROMPT))
+    ids[:, 30 : 30 + IMAGE_TOKENS] = CONFIG.image_token_id
+    pixels = torch.randn(1, 3, 384, 384).to(torch.bfloat16)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
 def our_model() -> DeepseekVL:
     with torch.device("meta"):
         model = DeepseekVL(CONFIG).to(torch.bfloat16)
     return fill(model.to_empty(device="cpu")).pack()
 
 
-def their_model() -> torch.nn.Module:
-    from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
+def language_config() -> dict:
+    """The decoder's sizes, as both kinds of config.json have them."""
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings",
+    )  # fmt: skip
+    return {"model_type": "llama"} | {name: getattr(CONFIG.language, name) for name in names}
 
-    vision, language = CONFIG.vision, CONFIG.language
-    config = DeepseekVLConfig(
+
+def transformers_config():
+    from transformers import DeepseekVLConfig
+
+    vision = CONFIG.vision
+    return DeepseekVLConfig(
         vision_config=dict(
-            model_type="siglip_vision_model", image_size=384, patch_size=16, hidden_size=vision.width,
-            num_hidden_layers=vision.layers, num_attention_heads=vision.heads, intermediate_size=vision.mlp_width,
-            hidden_act="gelu", vision_use_head=False,
+            model_type="siglip_vision_model",
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            hidden_size=vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            intermediate_size=vision.mlp_width,
+            hidden_act="gelu",
+            vision_use_head=False,
         ),
-        text_config=dict(
-            model_type="llama", hidden_size=language.hidden_size, intermediate_size=language.intermediate_size,
-            num_hidden_layers=language.num_hidden_layers, num_attention_heads=language.num_attention_heads,
-            num_key_value_heads=language.num_key_value_heads, vocab_size=language.vocab_size,
-            max_position_embeddings=language.max_position_embeddings,
-        ),
+        text_config=language_config(),
         tie_word_embeddings=False,
         image_token_id=CONFIG.image_token_id,
     )
+
+
+def their_model() -> torch.nn.Module:
+    from transformers import DeepseekVLForConditionalGeneration
+
+    config = transformers_config()
     torch.set_default_dtype(torch.bfloat16)
     skip = {name: getattr(torch.nn.init, name) for name in ("normal_", "uniform_", "kaiming_normal_", "trunc_normal_")}
     for name in skip:  # transformers would spend a minute on an initialization that is overwritten
@@ -129,16 +155,21 @@ def machine() -> dict[str, float]:
     }
 
 
+def print_rates(rates: dict[str, float]) -> None:
+    print(
+        f"machine: {torch.get_num_threads()} threads, bfloat16 matmul {rates['matmul']:.0f} GFLOP/s; "
+        f"memory read {rates['read']:.1f} GB/s; weights read by one-row products {rates['row']:.1f} GB/s plain, "
+        f"{rates['packed row']:.1f} GB/s packed"
+    )
+
+
 @torch.inference_mode()
 def compute() -> None:
     rates = machine()
-    print(f"machine: {torch.get_num_threads()} threads, bfloat16 matmul {rates['matmul']:.0f} GFLOP/s; "
-          f"memory read {rates['read']:.1f} GB/s; weights read by one-row products {rates['row']:.1f} GB/s plain, "
-          f"{rates['packed row']:.1f} GB/s packed")
+    print_rates(rates)
     ours, theirs = our_model(), their_model()
-    ids = torch.randint(0, 100000, (1, PROMPT))
-    ids[:, 30 : 30 + IMAGE_TOKENS] = CONFIG.image_token_id
-    pixels = torch.randn(1, 3, 384, 384).to(torch.bfloat16)
+    batch = prompt()
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
 
     def decode_ours():
         cache = ours.new_cache(1, PROMPT + NEW_TOKENS)
@@ -187,40 +218,218 @@ def compute() -> None:
         times = seconds({"ours": our_run, "theirs": their_run}, turns)
         print(f"{name:24}{times['ours']:9.3f}s{times['theirs']:9.3f}s{times['theirs'] / times['ours']:8.2f}", end="")
         if name.startswith("SigLIP"):
-            print(f"   {tower / times['ours'] / 1e9 / rates['matmul']:.0%} of the matmul rate (its linear layers' work)")
+            print(
+                f"   {tower / times['ours'] / 1e9 / rates['matmul']:.0%} of the matmul rate (its linear layers' work)"
+            )
         elif name.startswith("prefill"):
             print(f"   {prefill_flops / times['ours'] / 1e9 / rates['matmul']:.0%} of the matmul rate")
         else:
             read = 2 * (layers + head) * NEW_TOKENS / times["ours"] / 1e9
-            print(f"   {NEW_TOKENS / times['ours']:.1f} tokens/s against {NEW_TOKENS / times['theirs']:.1f}; reads "
-                  f"{read:.1f} GB/s, {read / rates['packed row']:.0%} of packed one-row products")
+            print(
+                f"   {NEW_TOKENS / times['ours']:.1f} tokens/s against {NEW_TOKENS / times['theirs']:.1f}; reads "
+                f"{read:.1f} GB/s, {read / rates['packed row']:.0%} of packed one-row products"
+            )
 
 
-# ---------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------- loading and memory
 
 
-class PrivateMemory:
-    """The most anonymous memory of this process while inside the block, in MB (Linux)."""
+def private_megabytes() -> float:
+    """This process's anonymous memory now (Linux); pages of mapped files, which can be dropped, are apart."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+class PeakMemory:
+    """The most private memory, in MB, that the process had inside the block."""
 
     def __enter__(self):
-        self.peak, self.running = 0, True
+        self.peak, self.running = 0.0, True
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
         return self
 
     def watch(self):
         while self.running:
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, private_megabytes())
             time.sleep(0.002)
 
     def __exit__(self, *_):
         self.running = False
         self.thread.join()
-        self.peak = max(self.peak, self.now())
+        self.peak = max(self.peak, private_megabytes())
 
-    @staticmethod
-    def now() -> float:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) / 1024
-        return 0.0
+
+def write_checkpoint(folder: Path, layout: Layout, config: dict) -> None:
+    """A random float16 checkpoint of full size, in one file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = DeepseekVL(CONFIG)
+    expected = expected_tensors(model, layout, set())
+    noise = (torch.rand(2**20) - 0.5).half() * 0.06
+    tensors = {
+        name: noise.repeat(-(-math.prod(t.shape) // 2**20))[: math.prod(t.shape)].view(t.shape)
+        for name, t in expected.items()
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def measure_in_child(who: str, folder: Path, dtype: str) -> dict:
+    """Load and answer in a process of its own; see `child`."""
+    output = subprocess.run(
+        [sys.executable, __file__, "child", who, str(folder), dtype], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+@torch.inference_mode()
+def child(who: str, folder: str, dtype: str) -> None:
+    """Print seconds to load, and private memory at its peak while loading and while answering."""
+    before = private_megabytes()
+    start = time.perf_counter()
+    with PeakMemory() as loading:
+        if who == "ours":
+            model = load_model(folder, dtype=getattr(torch, dtype))
+        else:
+            from transformers import DeepseekVLForConditionalGeneration
+
+            start, before = time.perf_counter(), private_megabytes()  # their import is not loading
+            model = DeepseekVLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    load_seconds = time.perf_counter() - start
+    size = sum(p.nbytes for p in model.parameters()) / 2**20
+    batch = prompt()
+    with PeakMemory() as answering:
+        if who == "ours":
+            batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
+            generate(model.pack(), batch, max_new_tokens=8)
+        else:
+            model.generate(**batch, max_new_tokens=8, do_sample=False)
+    print(
+        json.dumps(
+            {
+                "seconds": load_seconds,
+                "size": size,
+                "loading": loading.peak - before,
+                "answering": answering.peak - before,
+            }
+        )
+    )
+
+
+def load() -> None:
+    official = {
+        "model_type": "multi_modality",
+        "vision_config": {"cls": "CLIPVisionTower", "params": {"model_name": "siglip_large_patch16_384"}},
+        "aligner_config": {"params": {"projector_type": "mlp_gelu", "depth": 2}},
+        "language_config": language_config() | {"torch_dtype": "float16"},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        ours, theirs = Path(temporary) / "official", Path(temporary) / "transformers"
+        write_checkpoint(ours, OFFICIAL, official)
+        write_checkpoint(theirs, TRANSFORMERS, transformers_config().to_dict())
+        print(f"{'':28}{'seconds':>9}{'model MB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MB)")
+        for dtype in ("bfloat16", "float16"):
+            for who, folder in (("ours", ours), ("transformers", theirs)):
+                runs = [measure_in_child(who, folder, dtype) for _ in range(3)]
+                middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                print(
+                    f"{who + ', float16 -> ' + dtype:28}{middle['seconds']:9.2f}{middle['size']:10.0f}"
+                    f"{middle['loading']:14.0f}{middle['answering']:16.0f}"
+                )
+
+
+# ---------------------------------------------------------------------------- DeepSeek-VL2 tiny
+
+
+@torch.inference_mode()
+def vl2() -> None:
+    """DeepSeek-VL2 tiny at full size: two tiles, a prompt of 471 tokens, 32 new tokens; and prefill by chunks."""
+    config = ModelConfig(
+        vision=SigLIPConfig(patch_size=14, width=1152, layers=27, mlp_width=4304, gelu="tanh"),
+        language=LanguageConfig(
+            vocab_size=129280,
+            hidden_size=1280,
+            intermediate_size=6848,
+            num_hidden_layers=12,
+            num_attention_heads=10,
+            num_key_value_heads=10,
+            max_position_embeddings=4096,
+            experts=ExpertsConfig(moe_intermediate_size=896),
+        ),
+        tiles=TileConfig(),
+    )
+    rates = machine()
+    print_rates(rates)
+    with torch.device("meta"):
+        model = DeepseekVL(config).to(torch.bfloat16)
+    model = fill(model.to_empty(device="cpu")).pack()
+    T, tokens = 471, 2 * 14 * 15 + 1
+    ids = torch.randint(0, 100000, (1, T))
+    mask = torch.zeros(1, T, dtype=torch.bool)
+    mask[:, 10 : 10 + tokens] = True
+    pixels, crop = torch.randn(2, 3, 384, 384).to(torch.bfloat16), torch.tensor([[1, 1]])
+    embeddings = model.embed(ids, mask, pixel_values=pixels, images_spatial_crop=crop)
+    # Random embeddings would be alike, and choose alike: noise makes every expert work.
+    embeddings = torch.randn_like(embeddings)
+    cache = model.new_cache(1, T + NEW_TOKENS)
+
+    def prefill():
+        cache.length = 0
+        model(inputs_embeds=embeddings, cache=cache, logits_to_keep=1)
+
+    def decode():
+        cache.length = T
+        for step in range(NEW_TOKENS):
+            model(inputs_embeds=embeddings[:, step : step + 1], cache=cache)
+
+    times = seconds({"vision": lambda: model.vision(pixels), "prefill": prefill, "decode": decode}, turns=5)
+    c, e = config.language, config.language.experts
+    D, v = c.hidden_size, config.vision
+    chosen = e.n_shared_experts + e.num_experts_per_tok
+    active = c.num_hidden_layers * 4 * D * D + 3 * D * c.intermediate_size
+    active += (c.num_hidden_layers - 1) * D * (3 * chosen * e.moe_intermediate_size + e.n_routed_experts)
+    head = D * c.vocab_size
+    work = {
+        "vision": 2 * 2 * v.grid**2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width),
+        "prefill": 2 * T * active + 2 * head,
+    }
+    for name, flops in work.items():
+        rate = flops / times[name] / 1e9
+        print(f"{name:10}{times[name]:8.3f} s   {rate:6.0f} GFLOP/s, {rate / rates['matmul']:.0%} of the matmul rate")
+    read = 2 * (active + head) * NEW_TOKENS / times["decode"] / 1e9
+    print(
+        f"{'decode':10}{times['decode']:8.3f} s   {NEW_TOKENS / times['decode']:.1f} tokens/s, reads {read:.1f} GB/s of "
+        f"active weights, {read / rates['packed row']:.0%} of packed one-row products"
+    )
+
+    print("prefill of 4096 tokens, private memory above the weights:")
+    embeddings = torch.randn(1, 4096, D).to(torch.bfloat16)
+    for chunk in (4096, 2048, 1024, 512, 128):
+        before = private_megabytes()
+        with PeakMemory() as memory:
+            fresh = model.new_cache(1, 4096)
+            start = time.perf_counter()
+            for piece in embeddings.split(chunk, dim=1):
+                model(inputs_embeds=piece, cache=fresh, logits_to_keep=1)
+            taken = time.perf_counter() - start
+        print(f"  chunk {chunk:5}: peak {memory.peak - before:6.0f} MB, {taken:6.1f} s")
+        del fresh
+
+
+if __name__ == "__main__":
+    sections = {"compute": compute, "load": load, "vl2": vl2}
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    else:
+        for name in sys.argv[1:] or sections:
+            print(f"\n== {name}")
+            sections[name]()
