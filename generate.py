@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,8 @@ def prefill(
         attention_mask: (B, capacity) or None.
     Returns: logits of the next token, (B, vocabulary).
     """
-    embeddings = model.embed(**{key: value for key, value in batch.items() if key != "attention_mask"})  # (B, T, D)
+    pictures_and_ids = {name: batch[name] for name in batch.keys() - {"attention_mask", "labels"}}
+    embeddings = model.embed(**pictures_and_ids)  # (B, T, D)
     for piece in embeddings.split(chunk_size or embeddings.shape[1], dim=1):
         seen = cache.length + piece.shape[1]
         mask = None if attention_mask is None else attention_mask[:, :seen]
@@ -141,7 +142,7 @@ def decode(
 ) -> Iterator[list[int]]:
     """Yield one id a row at each step; `generate` and `stream` say what they mean.
 
-    Rows that have ended go on, unheard, until all have.
+    Rows that have ended are still fed, and what they yield is to be ignored, until all have ended.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, chunk_size)
     input_ids = batch["input_ids"].to(model.device)
@@ -307,7 +308,7 @@ BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")
 def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     """A copy of the image with each box outlined and its label beside it, inside the image.
 
-    A label goes above its box, else below, else into it; where another label is, it moves down.
+    A label goes above its box, else below, else into it; where another label is, it moves down, or up.
     """
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
@@ -323,7 +324,7 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
         text = fit_label(box.label, font, image.width - size) or f"{i + 1}"
         wide, high = (int(side) + size // 2 for side in font.getbbox(text, anchor="lt")[2:])
         left = max(0, min(box.left, image.width - wide))
-        places = [box.top - high, box.bottom, *range(box.top, image.height - high, high)]
+        places = [box.top - high, box.bottom, *range(box.top, image.height, high), *range(box.top, -1, -high)]
         places = [top for top in places if 0 <= top <= image.height - high] or [0]
         free = [top for top in places if not any(overlap((left, top, left + wide, top + high), t) for t in taken)]
         place = (left, (free or places)[0], left + wide, (free or places)[0] + high)
@@ -341,7 +342,7 @@ def overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "malgun.ttf")
 
 
-@cache
+@lru_cache(16)
 def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
     found = [ImageFont.load_default(size)]
     for name in FONTS:
@@ -354,7 +355,7 @@ def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 
 def font_for(label: str, size: int) -> ImageFont.FreeTypeFont:
     """The first font that has most of the label's characters."""
-    return max(fonts(size), key=lambda font: sum(has_glyph(font, character) for character in label))
+    return max(fonts(size), key=lambda font: sum(has_glyph(font, character) for character in label[:200]))
 
 
 @lru_cache(4096)
@@ -511,7 +512,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     note(f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}")
     start = time.perf_counter()
     model = load_model(args.model, dtype=dtype, device=device).pack()
-    prompt_tokens = batch["input_ids"].shape[1]
+    prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
+    vocabulary = model.config.language.vocab_size
+    if highest_id >= vocabulary:
+        raise ValueError(f"{args.model}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
     text, answer = TextStream(processor.tokenizer), ""
@@ -543,6 +547,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     args = parse_arguments(arguments)
     show_progress = sys.stderr.isatty() and not args.quiet
 
@@ -550,11 +558,10 @@ def main(arguments: list[str] | None = None) -> None:
         if show_progress:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
         run(args, note)
     except KeyboardInterrupt:
+        note("")
         sys.exit(130)  # as the shell says of a program ended by Ctrl-C
     except BrokenPipeError:  # whoever read the answer has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

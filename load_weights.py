@@ -73,8 +73,9 @@ class Section:
         return wanted(value)
 
     def expect(self, key: str, *allowed: Any) -> Any:
-        """The value, which must be one of `allowed`; an absent one is the first of them."""
-        value = self.values.get(key, allowed[0])
+        """The value, which must be one of `allowed`; an absent or null one is the first of them."""
+        value = self.values.get(key)
+        value = allowed[0] if value is None else value
         if value not in allowed:
             choices = " or ".join(repr(choice) for choice in allowed)
             raise ValueError(f"{self.name}: {key} is {value!r}, only {choices} is supported")
@@ -528,7 +529,7 @@ def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict
         theirs = checkpoint_names(siglip_name, layout.names)
         shape = tuple(parameter.shape)
         if layout is TRANSFORMERS and name.endswith("pos_embed") and len(shape) == 3:
-            shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) here
+            shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) in transformers' files
         part_shape = (shape[0] // len(theirs), *shape[1:])
         for their_name in theirs:
             if double:

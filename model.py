@@ -2,21 +2,33 @@
 
 Read top to bottom, each part is met just before it is used:
 
-    configs, RMSNorm, RoPE, KV cache, attention, SwiGLU, decoder layer, decoder,
-    then DeepseekVL: image features in place of image tokens, one decoder over all.
-
-DeepSeek-VL2 has the same decoder with two parts exchanged: LatentAttention for Attention
-(small and base), and MixtureOfExperts for SwiGLU (all but the first layer).
+    configs, RMSNorm, positions (RoPE, padding, who sees whom), KV cache,
+    Attention, and LatentAttention in its place (DeepSeek-VL2 small and base),
+    SwiGLU, and MixtureOfExperts in its place (DeepSeek-VL2, all layers but the first),
+    DecoderLayer, Decoder,
+    DeepseekVL: image features in place of image tokens, one decoder over all,
+    PackedLinear: the same weights in the order in which a CPU reads them fastest.
 
     input_ids (B, T) -> embeddings (B, T, D)  <- image features (images, N, D) at the placeholders
                      -> layers of attention and SwiGLU (B, T, D) -> logits (B, T, vocabulary)
 
-Shape letters, the same in every file:
+Shape letters:
 
     B  batch (conversations)     T  tokens fed now   S  tokens fed so far, cached ones included
     D  width of a token          H  query heads      d  width of a head
     N  tokens of an image        G  key/value heads, H / G queries share one (G = H: no sharing)
-    E  routed experts            R  rank of the latent that attention caches
+    E  routed experts            k  of them a token uses
+    R  width of the latent that latent attention caches; nope, rope and v: widths of the parts of
+       its heads that are not rotated, that are rotated, and of its values
+
+The five models (the rest of the language configs is in the dataclasses' defaults or derived):
+
+                 layers     D   H   MLP    vocabulary  attention             experts
+    1.3B           24    2048  16   5632     102400    plain, d = 128        none
+    7B             30    4096  32  11008     102400    plain, d = 128        none
+    VL2 tiny       12    1280  10   6848     129280    plain, d = 128        64 of width 896, softmax
+    VL2 small      27    2048  16  10944     102400    latent, R = 512       64 of width 1408, softmax
+    VL2 base       30    2560  32  12288     129280    latent, R = 512       72 of width 1536, sigmoid
 
 Papers: DeepSeek-VL (arXiv 2403.05525), DeepSeek-VL2 (2412.10302), Llama (2302.13971), RoFormer
 (2104.09864) for RoPE, GQA (2305.13245), DeepSeek-V2 (2405.04434) for latent attention and experts,
@@ -65,7 +77,7 @@ class ExpertsConfig:
     num_experts_per_tok: int = 6
     moe_intermediate_size: int = 1408
     first_k_dense_replace: int = 1  # so many layers at the start have a plain SwiGLU
-    moe_layer_freq: int = 1  # from there on, every so many layers have experts
+    moe_layer_freq: int = 1  # after those, layers whose number this divides have experts
     topk_method: str = "greedy"  # or "group_limited_greedy", or "noaux_tc"
     scoring_func: str = "softmax"  # or "sigmoid"
     n_group: int = 1
@@ -112,7 +124,7 @@ class LanguageConfig:
 
     @property
     def cached(self) -> list[tuple[int, int]]:
-        """What a layer caches of a token: (heads, width) of each tensor."""
+        """What each layer caches for each token: (heads, width) of each tensor."""
         if self.latent:
             return [(1, self.latent.kv_lora_rank + self.latent.qk_rope_head_dim)]
         return [(self.num_key_value_heads, self.head_dim)] * 2
@@ -162,7 +174,7 @@ def rope_angles(position_ids: Tensor, config: LanguageConfig) -> tuple[Tensor, T
     """Cosine and sine of every rotation (RoFormer, section 3.2.2).
 
     Pair i of a head's d values turns by position * theta ** (-2 i / d): the first pairs fast,
-    the last ones slowly. Always in float32: bfloat16 cannot tell position 257 from 258.
+    the last ones slowly. Angles are float32: bfloat16 cannot tell position 257 from 256.
 
     Args:
         position_ids: (B, T) integers.
@@ -219,12 +231,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def half_split(x: Tensor) -> Tensor:
+    """Reorder pairs stored side by side, (a0, b0, a1, b1, ...), to (a0, a1, ..., b0, b1, ...) for `rotate`."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """Positions that count from the first real token, so left padding does not shift a text.
 
     Args:
         attention_mask: (B, S), 1 for real tokens and 0 for padding.
-    Returns: (B, S) int64; padding gets 0, which nobody sees.
+    Returns: (B, S) int64; padding gets 0, which does not matter, since no real token sees it.
     """
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -245,7 +262,7 @@ def visible_keys(T: int, S: int, attention_mask: Tensor | None, device: torch.de
     query = key[S - T :, None]
     visible = (key <= query)[None, None]
     if attention_mask is not None:
-        visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)
+        visible = (visible & attention_mask.bool()[:, None, None, :]) | (key == query)
     return visible
 
 
@@ -261,7 +278,6 @@ class KVCache:
     Memory for `capacity` tokens is taken once; tokens are then written in place, so no step
     copies what is there. Position `length` is where the next token goes, for every row of the
     batch alike: rows of different lengths are padded on the left, and the padding is masked.
-
     """
 
     def __init__(
@@ -296,48 +312,6 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------- decoder
-
-
-class Attention(nn.Module):
-    """Causal self-attention with RoPE and grouped key/value heads."""
-
-    def __init__(self, config: LanguageConfig, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.scale = softmax_scale(self.head_dim, config)
-        D, q_width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(D, q_width, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, D, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        visible: Tensor | None,
-        cache: KVCache | None,
-        want_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2); visible: see `visible_keys`.
-        Returns: (B, T, D), and the weights (B, H, T, S) if wanted.
-        """
-        q = self._split(self.q_proj(x), self.heads)  # (B, H, T, d)
-        k = self._split(self.k_proj(x), self.kv_heads)  # (B, G, T, d)
-        v = self._split(self.v_proj(x), self.kv_heads)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, G, S, d)
-        out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        """(B, T, heads * d) -> (B, heads, T, d)."""
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
 
 def softmax_scale(head_dim: int, config: LanguageConfig) -> float:
@@ -389,15 +363,52 @@ def minus_infinity_where_hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
-def half_split(x: Tensor) -> Tensor:
-    """Reorder pairs stored side by side, (a0, b0, a1, b1, ...), to (a0, a1, ..., b0, b1, ...) for `rotate`."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+class Attention(nn.Module):
+    """Causal self-attention with RoPE and grouped key/value heads."""
+
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = softmax_scale(self.head_dim, config)
+        D, q_width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(D, q_width, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, D, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cache: KVCache | None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2); visible: see `visible_keys`.
+        Returns: (B, T, D), and the weights (B, H, T, S) if wanted.
+        """
+        q = self._split(self.q_proj(x), self.heads)  # (B, H, T, d)
+        k = self._split(self.k_proj(x), self.kv_heads)  # (B, G, T, d)
+        v = self._split(self.v_proj(x), self.kv_heads)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, d)
+        out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """(B, T, heads * d) -> (B, heads, T, d)."""
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
 
 class HeadWeights(nn.Module):
     """W_k and W_v of every head, which make keys and values from a latent, stored as one matrix.
 
-    Not an nn.Linear, because attention in the latent space needs the two apart.
+    Not an nn.Linear, because attention in the latent space needs the two apart, and unpacked.
     """
 
     def __init__(self, rank: int, heads: int, sizes: tuple[int, int]):
@@ -416,10 +427,10 @@ class HeadWeights(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention: cache one small latent a token, not keys and values a head.
+    """Multi-head latent attention: cache one small latent for each token, not keys and values for each head.
 
     (DeepSeek-V2, section 2.1.) A token's keys and values are all made from one latent c of R values:
-    per head, k = W_k c and v = W_v c. Rotation by position does not commute with W_k, so position is
+    per head, k = W_k c and v = W_v sizes. Rotation by position does not commute with W_k, so position is
     told by extra values: each head's query has a rotated part, and one rotated key serves all heads.
 
         score(query, token) = (q_nope . W_k c + q_rope . k_rope) * scale
@@ -433,20 +444,20 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: LanguageConfig, layer: int):
         super().__init__()
-        latent, D = config.latent, config.hidden_size
-        self.layer, self.heads, self.sizes = layer, config.num_attention_heads, latent
-        query_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
+        sizes, D = config.latent, config.hidden_size
+        self.layer, self.heads, self.config = layer, config.num_attention_heads, sizes
+        query_dim = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
         self.scale = softmax_scale(query_dim, config)
-        if latent.q_lora_rank is None:
+        if sizes.q_lora_rank is None:
             self.q_proj = nn.Linear(D, self.heads * query_dim, bias=False)
         else:  # queries through a latent of their own, which saves parameters
-            self.q_a_proj = nn.Linear(D, latent.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(latent.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(latent.q_lora_rank, self.heads * query_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, latent.kv_lora_rank + latent.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(latent.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = HeadWeights(latent.kv_lora_rank, self.heads, (latent.qk_nope_head_dim, latent.v_head_dim))
-        self.o_proj = nn.Linear(self.heads * latent.v_head_dim, D, bias=False)
+            self.q_a_proj = nn.Linear(D, sizes.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(sizes.q_lora_rank, self.heads * query_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = HeadWeights(sizes.kv_lora_rank, self.heads, (sizes.qk_nope_head_dim, sizes.v_head_dim))
+        self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, D, bias=False)
 
     def forward(
         self,
@@ -457,7 +468,7 @@ class LatentAttention(nn.Module):
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Attention.forward`."""
-        sizes = self.sizes
+        sizes = self.config
         if sizes.q_lora_rank is None:
             q = self.q_proj(x)
         else:
@@ -473,18 +484,20 @@ class LatentAttention(nn.Module):
         if cache is not None:
             (stored,) = cache.append(self.layer, stored)  # (B, 1, S, R + rope)
 
-        attend = self.absorbed if self.few_queries(x.shape[1]) else self.expanded
+        cheaper = self.absorbed_is_cheaper(x.shape[1], stored.shape[2])
+        attend = self.absorbed if cheaper else self.expanded
         out, weights = attend(q_nope, q_rope, stored, visible, want_weights)  # (B, H, T, v)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
-    def few_queries(self, T: int) -> bool:
-        """Whether `absorbed` takes fewer multiplications than `expanded`, for T queries.
+    def absorbed_is_cheaper(self, T: int, S: int) -> bool:
+        """Whether `absorbed` multiplies less than `expanded`, for T queries and S tokens to attend to.
 
-        A token costs expanded R (nope + v) once, and nope + rope + v a query; absorbed 2 R + rope a query.
+        Multiplications a head:                expanded               absorbed
+            into and out of the latent space   S R (nope + v)         T R (nope + v)
+            attention                          T S (nope + rope + v)  T S (2 R + rope)
         """
-        s = self.sizes
-        once = s.kv_lora_rank * (s.qk_nope_head_dim + s.v_head_dim)
-        return T * (2 * s.kv_lora_rank - s.qk_nope_head_dim - s.v_head_dim) < once
+        R, nope_and_v = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        return T * S * (2 * R - nope_and_v) < (S - T) * R * nope_and_v
 
     def expanded(
         self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Tensor | None, want_weights: bool
@@ -495,14 +508,14 @@ class LatentAttention(nn.Module):
             q_nope, q_rope: (B, H, T, nope or rope); stored: (B, 1, S, R + rope).
         Returns: (B, H, T, v) and the weights, if wanted.
         """
-        s = self.sizes
-        latent, k_rope = stored.split((s.kv_lora_rank, s.qk_rope_head_dim), dim=-1)
+        sizes = self.config
+        latent, k_rope = stored.split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), dim=-1)
         k_nope, v = self.kv_b_proj(latent)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
-        v = F.pad(v, (0, q.shape[-1] - s.v_head_dim))  # fused kernels want one width for all
+        v = F.pad(v, (0, q.shape[-1] - sizes.v_head_dim))  # fused kernels want one width for all
         out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
-        return out[..., : s.v_head_dim], weights
+        return out[..., : sizes.v_head_dim], weights
 
     def absorbed(
         self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Tensor | None, want_weights: bool
@@ -511,7 +524,7 @@ class LatentAttention(nn.Module):
         W_k, W_v = self.kv_b_proj.parts()
         q = torch.cat((q_nope @ W_k, q_rope), dim=-1)  # (B, H, T, R + rope)
         out, weights = causal_attention(q, stored, stored, visible, self.scale, want_weights)
-        return out[..., : self.sizes.kv_lora_rank] @ W_v.transpose(1, 2), weights
+        return out[..., : self.config.kv_lora_rank] @ W_v.transpose(1, 2), weights
 
 
 class SwiGLU(nn.Module):
@@ -549,22 +562,23 @@ class Router(nn.Module):
         """
         c = self.config
         logits = F.linear(x.float(), self.weight.float())  # (tokens, E)
-        scores = logits.softmax(dim=-1) if c.scoring_func == "softmax" else logits.sigmoid()
+        scores = logits.softmax(dim=-1) if c.scoring_func == "softmax" else logits.sigmoid()  # (tokens, E)
         preference = scores
         if c.topk_method == "noaux_tc":  # the bias steers the choice, not the weights
             preference = scores + self.e_score_correction_bias.float()
         if c.topk_method != "greedy":
             preference = self.within_best_groups(preference)
-        experts = preference.topk(c.num_experts_per_tok, dim=-1).indices
+        experts = preference.topk(c.num_experts_per_tok, dim=-1).indices  # (tokens, k)
         weights = scores.gather(-1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return experts, weights * c.routed_scaling_factor
 
     def within_best_groups(self, preference: Tensor) -> Tensor:
-        """Experts stand in groups (one a device); those outside the best groups get 0.
+        """Experts stand in groups, one for each device of a cluster; outside the best groups they get 0.
 
-        A group is as good as its best expert, or under noaux_tc as its best two together.
+        A group is as good as its best expert, or under noaux_tc as its best two together. It is 0 and
+        not minus infinity, as in the original, though a score plus its bias may be less than that.
         """
         c = self.config
         grouped = preference.unflatten(-1, (c.n_group, -1))  # (tokens, groups, E / groups)
@@ -598,10 +612,10 @@ class MixtureOfExperts(nn.Module):
         experts, weights = self.gate(tokens)  # (tokens, k) both
         k = experts.shape[-1]
         order = experts.flatten().argsort(stable=True)  # pairs of token and expert, by expert
-        rows = order // k
-        weights = weights.flatten()[order, None]
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
-        out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
+        rows = order // k  # (tokens * k,): which token each pair is of
+        weights = weights.flatten()[order, None]  # (tokens * k, 1)
+        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()  # pairs of each expert
+        out = torch.zeros(tokens.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         start = 0
         for expert, count in zip(self.experts, counts):
             if count:
@@ -624,9 +638,16 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, *attention_args) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cache: KVCache | None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D) and the attention weights; arguments as of `Attention`."""
-        attended, weights = self.self_attn(self.input_layernorm(x), *attention_args)
+        attended, weights = self.self_attn(self.input_layernorm(x), rope, visible, cache, want_weights)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), weights
 
@@ -674,51 +695,6 @@ class Decoder(nn.Module):
         )
 
 
-# ---------------------------------------------------------------------------- packed weights
-
-
-class PackedLinear(nn.Module):
-    """A bfloat16 nn.Linear whose weight lies in memory in the order in which the CPU's matmul reads it.
-
-    oneDNN's kernels want the weight cut into blocks. Given a plain matrix they cut it anew at every
-    call, which at one token a step costs as much as the multiplication. So it is done once here, with
-    the operators that torch's own compiler uses. The arithmetic is that of nn.Linear; what is lost is
-    the plain weight, so pack a model that is to answer, not to learn or to be saved.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque
-        self.bias = linear.bias
-
-    @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is a plain linear layer that the packed kernels of this machine can do."""
-        if not isinstance(module, nn.Linear) or module.weight.dtype != torch.bfloat16:
-            return False
-        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), both bfloat16."""
-        if x.shape[:-1].numel() == 1:  # one row is slower than four: it does not use the blocks
-            four = x.reshape(1, -1).expand(4, -1).contiguous()
-            return self.multiply(four)[:1].view(*x.shape[:-1], -1)
-        return self.multiply(x)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` that can be packed, one at a time."""
-    for name, child in module.named_children():
-        if PackedLinear.suits(child):
-            setattr(module, name, PackedLinear(child))
-        else:
-            pack_linears(child)
-
-
 # ---------------------------------------------------------------------------- the whole model
 
 
@@ -727,7 +703,7 @@ class Output:
     """What a forward pass gives.
 
     logits (B, T or logits_to_keep, vocabulary); loss, a scalar, where labels were given;
-    hidden_states, one more than layers, each (B, T, D); attentions, one a layer, (B, H, T, S).
+    hidden_states, one more than layers, each (B, T, D); attentions, one for each layer, (B, H, T, S).
     """
 
     logits: Tensor
@@ -783,7 +759,8 @@ class DeepseekVL(nn.Module):
                 at the high resolution, as the official processor gives them, or normalized at
                 the low one, beside `high_res_pixel_values`, as transformers' processor does.
                 For DeepSeek-VL2 the tiles of all images, and `images_spatial_crop` (images, 2).
-        Returns: one (N, D) tensor an image, in the order of the batch.
+        Returns: one (N, D) tensor for each image, in the order of the batch.
+        Raises: ValueError where tiles do not fit images_spatial_crop.
         """
         pixels = batch["pixel_values"].to(self.device)
         if isinstance(self.vision, HybridTower):
@@ -794,6 +771,8 @@ class DeepseekVL(nn.Module):
             return list(self.aligner(*self.vision(high_pixels, pixels.to(self.dtype))))
         tokens = self.vision(pixels.to(self.dtype))
         if isinstance(self.aligner, TileAligner):
+            if batch.get("images_spatial_crop") is None:
+                raise ValueError("pixel_values of tiles need images_spatial_crop, (images, 2)")
             return self.aligner(tokens, batch["images_spatial_crop"])
         return list(self.aligner(tokens))
 
@@ -894,3 +873,48 @@ class DeepseekVL(nn.Module):
             predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(self.device)
             loss = F.cross_entropy(predicted.float(), expected, ignore_index=-100)
         return Output(logits, loss, hidden_states, attentions)
+
+
+# ---------------------------------------------------------------------------- packed weights
+
+
+class PackedLinear(nn.Module):
+    """A bfloat16 nn.Linear whose weight lies in memory in the order in which the CPU's matmul reads it.
+
+    oneDNN's kernels want the weight cut into blocks. Given a plain matrix they cut it anew at every
+    call, which at one token a step costs as much as the multiplication. So it is done once here, with
+    the operators that torch's own compiler uses. The arithmetic is that of nn.Linear; what is lost is
+    the plain weight, so pack a model that is to answer, not to learn or to be saved.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque
+        self.bias = linear.bias
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this is a plain linear layer that the packed kernels of this machine can do."""
+        if not isinstance(module, nn.Linear) or module.weight.dtype != torch.bfloat16:
+            return False
+        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both bfloat16."""
+        if x.shape[:-1].numel() == 1:  # one row is slower than four: it does not use the blocks
+            four = x.reshape(1, -1).expand(4, -1).contiguous()
+            return self.multiply(four)[:1].view(*x.shape[:-1], -1)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every linear layer inside `module` that can be packed, one at a time."""
+    for name, child in module.named_children():
+        if PackedLinear.suits(child):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)

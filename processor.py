@@ -801,7 +801,7 @@ class Processor:
         self.is_vl2 = self.model_type == "deepseek_vl_v2"
         language = config.get("language_config") or config.get("text_config") or {}
         try:
-            self.max_positions = int(language.get("max_position_embeddings", 4096 if self.is_vl2 else 16384))
+            self.max_positions = int(language.get("max_position_embeddings", 2048))
             self._read_image_settings(settings, config)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{folder}: in config.json or the processor's files: {reason(error)}") from error

@@ -13,11 +13,11 @@ Read top to bottom, each part is met just before it is used:
     VL2   (tiles, 3, 384, 384) -> SigLIP (tiles, 729, 1152)
                              -> TileAligner: 196 tokens a tile, laid out in rows, an image after the other
 
-Shape letters, the same in every file:
+Shape letters:
 
-    B  batch (here: images)      T  tokens           D  width of a token
-    N  patches of an image       H  attention heads  d  width of a head, D = H * d
-    g  side of a grid, N = g * g C  channels         w  side of an attention window
+    B  batch of images or tiles   H  attention heads   d  width of a head, D = H * d
+    N  patches of one, N = g * g  D  width of a token  C  channels, or a width given by the other side
+    g  patches along a side       s  tokens along a tile's side, after folding (VL2)
 
 Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), DeepSeek-VL2 (2412.10302, section 3.1),
 SigLIP (2303.15343), Segment Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows
@@ -81,8 +81,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + bias) v, written out; the scale is 1 / sqrt(d) unless given.
 
-    The reference for `scaled_dot_product_attention`, which the models call because it never
-    holds all the weights at once; the tests check that the two agree.
+    The models call `scaled_dot_product_attention` for the same result, because it never holds all
+    the weights at once; the tests check that the two agree. This form serves where the weights are
+    wanted, and where it is the faster one.
 
     Args:
         q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
@@ -490,7 +491,7 @@ class HybridAligner(nn.Module):
 class TileConfig:
     """How DeepSeek-VL2 turns the tiles of an image into one sequence."""
 
-    downsample_ratio: int = 2  # so many patches, squared, become one token
+    downsample_ratio: int = 2  # r x r patches become one token
     mlp_ratio: int = 1  # hidden width of the projector over the language model's
     global_view_first: bool = True  # before the tiles ("head") or after them ("tail")
 
@@ -498,7 +499,7 @@ class TileConfig:
 class TileAligner(nn.Module):
     """Tiles to tokens in reading order: fold, Linear, exact GELU, Linear, lay out (VL2, section 3.1).
 
-    Every image is seen twice: whole, as one tile (the global view), and cut into tw x th tiles
+    Every image is seen twice: whole, as one tile (the global view), and cut into th rows of tw tiles
     (the local view). A learned newline ends each row of tokens, a learned separator parts the views.
     The checkpoints spell it `view_seperator`, and so do we.
     """
@@ -521,6 +522,7 @@ class TileAligner(nn.Module):
         g, r = int(N**0.5), self.config.downsample_ratio
         x = F.pad(x.view(tiles, g, g, C), (0, 0, 0, -g % r, 0, -g % r))
         s = x.shape[1] // r
+        # The trained weights expect F.unfold's order: channel slowest, then row and column within the fold.
         x = x.view(tiles, s, r, s, r, C).permute(0, 1, 3, 5, 2, 4)  # (tiles, s, s, C, r, r)
         return self.linear2(F.gelu(self.linear1(x.flatten(3))))
 
@@ -529,10 +531,11 @@ class TileAligner(nn.Module):
 
             global view   s rows of s tokens, each with a newline
             separator
-            local view    th * s rows of tw * s tokens: the tiles side by side, a newline a row
+            local view    th * s rows of tw * s tokens: the tiles side by side, each row with a newline
 
         Args:
-            grids: (1 + tiles_wide * tiles_high, s, s, D), the global view first, then the tiles by rows.
+            grids: (1 + tw * th, s, s, D), the global view first, then the tiles row by row.
+            tiles_wide, tiles_high: tw and th.
         Returns: (s (s + 1) + 1 + th s (tw s + 1), D).
         """
         s, D = grids.shape[1], grids.shape[-1]
@@ -552,12 +555,15 @@ class TileAligner(nn.Module):
         Args:
             x: (tiles, g * g, C), of each image in turn the global view and then its tiles.
             spatial_crop: (images, 2) integers, tiles wide and tiles high.
-        Returns: one (tokens, D) tensor an image.
+        Returns: one (tokens, D) tensor for each image.
         Raises: ValueError where the tiles are not as many as spatial_crop says.
         """
+        # The original stands a row of zeros for a conversation without images.
         crops = [(wide, high) for wide, high in spatial_crop.tolist() if wide and high]
         counts = [1 + wide * high for wide, high in crops]
         if sum(counts) != len(x):
-            raise ValueError(f"images_spatial_crop speaks of {sum(counts)} tiles, pixel_values hold {len(x)}")
+            raise ValueError(
+                f"images_spatial_crop counts {sum(counts)} tiles with the global views, pixel_values hold {len(x)}"
+            )
         grids = self.project(x).split(counts)
         return [self.lay_out(grid, *crop) for grid, crop in zip(grids, crops)]

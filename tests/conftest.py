@@ -1,6 +1,7 @@
 """What several test files share: where the data lies, and the golden cases."""
 
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,15 @@ def golden_model(name: str) -> tuple:
 
     folder = golden(name).folder
     return load_model(folder, dtype=torch.float32), Processor(folder)
+
+
+def copy_checkpoint(name: str, folder: Path) -> Path:
+    """The files of a golden checkpoint in a new folder, where a test may change or damage them."""
+    folder.mkdir(parents=True)
+    for file in golden(name).folder.iterdir():
+        if file.is_file() and file.name not in ("cases.json", "golden.safetensors"):
+            shutil.copyfile(file, folder / file.name)
+    return folder
 
 
 # ------------------------------------------------------------------ small random models, ours and transformers'

@@ -90,7 +90,7 @@ def test_top_k_equals_transformers(logits, k):
 
 
 @all_logits
-@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])  # 1 - 1e-9 is 1 in float32: one token must be left
 def test_top_p_equals_transformers(logits, p):
     logits = random_logits(logits)
     assert torch.equal(keep_top_p(logits, p), transformers().TopPLogitsWarper(p)(None, logits))
@@ -150,12 +150,12 @@ def test_greedy_equals_transformers(small_pair, kind):
 
 @both_kinds
 def test_rows_end_where_transformers_end_them(small_pair, kind):
-    """With two end tokens, of which the rows of a free answer meet one at the fifth step and one later."""
+    """With two end tokens: of each row one that the other row does not say."""
     batch, options = random_batch(kind), dict(max_new_tokens=20, temperature=1.5)
     free = generate(small_pair(kind).ours, batch, seed=1, **options)
-    ends = free[0][4], free[1][11]
+    ends = next(id for id in free[0][4:] if id not in free[1]), next(id for id in free[1][11:] if id not in free[0])
     expected = [until_end(row, ends) for row in free]
-    assert len(expected[0]) == 5 and len(expected[1]) > 5
+    assert len(expected[0]) != len(expected[1])
 
     pair = small_pair(kind, end=ends)
     assert pair.ours.config.end_token_ids == ends

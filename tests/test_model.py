@@ -4,6 +4,7 @@ A pair of small models, `small_pair(kind)`, is one random checkpoint, written by
 read by `load_model`, so every comparison here also tests the loader.
 """
 
+import itertools
 import json
 import re
 
@@ -108,10 +109,9 @@ def test_forward_pass_equals_transformers(small_pair, kind, language):
     theirs = run_theirs(pair.theirs, batch)
     assert_close(torch.cat(pair.ours.encode_images(batch)), theirs.image_hidden_states)
     assert_close(ours.logits[real], theirs.logits[real])
-    assert len(ours.hidden_states) == len(theirs.hidden_states) and len(ours.attentions) == len(theirs.attentions)
-    for tested, expected in zip(ours.hidden_states, theirs.hidden_states):
+    for tested, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert_close(tested[real], expected[real])
-    for tested, expected in zip(ours.attentions, theirs.attentions):
+    for tested, expected in zip(ours.attentions, theirs.attentions, strict=True):
         assert_close(tested.transpose(1, 2)[real], expected.transpose(1, 2)[real])
 
 
@@ -261,6 +261,8 @@ def test_tied_head_is_the_embedding(small_pair, kind):
     tied, separate = small_pair(kind, tie=True).ours, small_pair(kind).ours
     assert tied.lm_head.weight is tied.language.embed_tokens.weight
     assert separate.lm_head.weight is not separate.language.embed_tokens.weight
+    built = DeepseekVL(tied.config)
+    assert built.lm_head.weight is built.language.embed_tokens.weight
 
 
 # ------------------------------------------------------------------------------------ ways to call the model
@@ -336,21 +338,20 @@ def test_given_positions_equal_transformers(small_pair):
     assert relative_error(pair.ours(input_ids=ids).logits, expected) > 0.01
 
 
+IDS, EMBEDDINGS, PICTURE = torch.full((1, 5), 11), torch.ones(1, 5, 48), torch.ones(1, 3, 26, 26)
 WRONG_INPUTS = {
-    "neither ids nor embeddings": ({}, "input_ids or inputs_embeds"),
-    "both": ({"input_ids": torch.ones(1, 5).long(), "inputs_embeds": torch.ones(1, 5, 48)}, "input_ids or inputs_embeds"),
-    "a short mask": ({"input_ids": torch.ones(1, 5).long(), "attention_mask": torch.ones(1, 4)}, "4 tokens, there are 5"),
-    "labels of few logits": (
-        {"input_ids": torch.ones(1, 5).long(), "labels": torch.ones(1, 5).long(), "logits_to_keep": 1},
-        "logits_to_keep must be 0",
-    ),
-    "more features than places": (
-        {"input_ids": torch.full((1, 30), IMAGE_TOKEN), "pixel_values": torch.ones(1, 3, 26, 26)},
-        "36 image features for 30 image tokens",
-    ),
-    "more places than features": (
-        {"input_ids": torch.full((1, 40), IMAGE_TOKEN), "pixel_values": torch.ones(1, 3, 26, 26)},
+    "neither ids nor embeddings": ({}, "either input_ids or inputs_embeds"),
+    "ids and embeddings": ({"input_ids": IDS, "inputs_embeds": EMBEDDINGS}, "either input_ids or inputs_embeds"),
+    "a mask of another length": ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, "4 tokens, there are 5"),
+    "labels of few logits": ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "logits_to_keep must be 0"),
+    "no place for an image": ({"input_ids": IDS, "pixel_values": PICTURE}, "36 image features for 0 image tokens"),
+    "too many places": (
+        {"input_ids": torch.full((1, 40), IMAGE_TOKEN), "pixel_values": PICTURE},
         "36 image features for 40 image tokens",
+    ),
+    "places that a mask gives": (
+        {"input_ids": IDS, "pixel_values": PICTURE, "images_seq_mask": IDS > 0},
+        "36 image features for 5 image tokens",
     ),
 }
 
@@ -394,7 +395,8 @@ def llama_configs(theta: float = 500.0):
     """The small language model's config, ours and transformers'."""
     theirs = pytest.importorskip("transformers").LlamaConfig(**SMALL_LLAMA | {"rope_theta": theta})
     theirs._attn_implementation = "eager"
-    return LanguageConfig(**{name: value for name, value in SMALL_LLAMA.items() if name != "model_type"} | {"rope_theta": theta}), theirs
+    sizes = {name: value for name, value in SMALL_LLAMA.items() if name != "model_type"}
+    return LanguageConfig(**sizes | {"rope_theta": theta}), theirs
 
 
 @pytest.mark.parametrize("theta", [500.0, 10000.0])
@@ -438,15 +440,16 @@ def test_positions_count_from_the_first_real_token():
 @pytest.mark.parametrize("masked", [False, True])
 def test_visible_keys(T, S, masked):
     """A token sees itself, and the real tokens before it."""
-    mask = torch.tensor([[1] * S, [0] * (S - 1) + [1], ([0, 0, 0] + [1] * S)[:S]]) if masked else None
+    mask = torch.tensor([[1] * S, [0] * (S // 2) + [1] * (S - S // 2)]) if masked else None
     visible = visible_keys(T, S, mask, torch.device("cpu"))
     if not masked and (T, S) != (2, 5):
         assert visible is None  # plain causal attention, or one token that sees all
         return
-    for row, matrix in enumerate(visible[:, 0]):
-        for t, query in enumerate(range(S - T, S)):
-            real = [not masked or mask[row, key] == 1 for key in range(S)]
-            assert matrix[t].tolist() == [key == query or (key < query and real[key]) for key in range(S)]
+    real = mask.bool() if masked else torch.ones(1, S, dtype=torch.bool)
+    assert visible.shape == (len(real), 1, T, S)
+    for row, t, key in itertools.product(range(len(real)), range(T), range(S)):
+        query = S - T + t
+        assert visible[row, 0, t, key] == (key == query or (key < query and real[row, key]))
 
 
 # ------------------------------------------------------------------------------------ attention and cache
@@ -484,6 +487,12 @@ def test_causal_attention_fused_and_written_out(T, S, masked, kv_heads):
         assert_close(one_token_attention(q, k, v, visible, scale), expected, 1e-6)
 
 
+def test_one_token_attention_rounds_only_its_result():
+    q, k, v = (torch.randn(2, heads, tokens, 16).bfloat16() for heads, tokens in ((6, 1), (2, 50), (2, 50)))
+    in_float32 = one_token_attention(q.float(), k.float(), v.float(), None, 0.25)
+    assert torch.equal(one_token_attention(q, k, v, None, 0.25), in_float32.bfloat16())
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoder_layer(padded):
     """With grouped heads, of a width that is not hidden_size / heads."""
@@ -510,9 +519,10 @@ def test_cache_holds_rotated_keys_and_values_as_transformers(small_pair):
     pair.ours(input_ids=ids[:, :4], cache=cache)
     pair.ours(input_ids=ids[:, 4:], cache=cache)
     assert cache.length == 9
-    for ours, theirs in zip(cache.layers, pair.theirs(input_ids=ids, use_cache=True).past_key_values.layers, strict=True):
-        assert_close(ours[0][:, :, :9], theirs.keys)
-        assert_close(ours[1][:, :, :9], theirs.values)
+    expected = pair.theirs(input_ids=ids, use_cache=True).past_key_values.layers
+    for (keys, values), theirs in zip(cache.layers, expected, strict=True):
+        assert_close(keys[:, :, :9], theirs.keys)
+        assert_close(values[:, :, :9], theirs.values)
 
 
 def test_cache_is_written_in_place_and_read_without_a_copy(small_pair):

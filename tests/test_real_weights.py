@@ -17,16 +17,16 @@ from processor import Processor
 
 CHECKPOINT, IMAGE = os.environ.get("REAL_CHECKPOINT"), os.environ.get("REAL_IMAGE")
 
-KNOWN = {  # by the width of the language model: question, answer
-    2048: (
+KNOWN = {  # by whether it is DeepSeek-VL2 and its language model's width: question, answer
+    (False, 2048): (
         "<image>Describe this image.",
         "In the image, a majestic snow leopard is captured in a moment of tranquility. The snow leopard",
     ),
-    4096: (
+    (False, 4096): (
         "<image>Describe this image.",
         "The image depicts a fluffy, beige-colored animal with a long tail, walking on snow. The",
     ),
-    1280: (
+    (True, 1280): (
         "<image>\n<|ref|>The giraffe at the back.<|/ref|>.",
         "<|ref|>The giraffe at the back.<|/ref|><|det|>[[580, 270, 999, 900]]<|/det|>",
     ),
@@ -37,9 +37,9 @@ KNOWN = {  # by the width of the language model: question, answer
 def test_the_official_weights_give_the_known_answer():
     processor = Processor(CHECKPOINT)
     model = load_model(CHECKPOINT, dtype=torch.bfloat16).pack()
-    width = model.config.language.hidden_size
-    assert width in KNOWN, f"no answer is known for {CHECKPOINT}"
-    question, answer = KNOWN[width]
+    kind = (processor.is_vl2, model.config.language.hidden_size)
+    assert kind in KNOWN, f"no answer is known for {CHECKPOINT}"
+    question, answer = KNOWN[kind]
     batch = processor([{"role": "user", "content": question, "images": [IMAGE]}])
     (ids,) = generate(model, batch, max_new_tokens=60 if processor.is_vl2 else 20)
     text = processor.decode([i for i in ids if i != processor.eos_token_id], skip_special_tokens=False)

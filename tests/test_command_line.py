@@ -1,0 +1,473 @@
+"""The command line: the answer alone on standard output, and every bad input one `error:` line and status 2."""
+
+import functools
+import http.server
+import io
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, VL_GOLDENS, copy_checkpoint, golden, golden_model, needs_shared
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import generate
+import processor
+from load_weights import load_model
+
+pytestmark = needs_shared
+
+SHORT = "--max-new-tokens 12 --dtype float32 --device cpu"
+ASK = f"--model model --prompt Hello {SHORT}"
+LOOK = f"--model model --image picture.png {SHORT}"
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 100000 x 100000 pixels."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    png = bytearray(file.getvalue())
+    png[16:24] = struct.pack(">II", 100_000, 100_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """The folder in which the commands run, with everything that they name."""
+    desk = tmp_path_factory.mktemp("desk")
+    picture = Image.open(golden("vl-siglip").folder / "images" / "0.png").convert("RGB")
+    picture.save(desk / "picture.png")
+    whole = (desk / "picture.png").read_bytes()
+    (desk / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (desk / "empty.png").touch()
+    (desk / "text.png").write_text("This is no picture.")
+    (desk / "bomb.png").write_bytes(bomb())
+    (desk / "large.png").write_bytes(whole + bytes(2**20))
+    (desk / "folder").mkdir()
+    copy_checkpoint("vl-siglip", desk / "model")
+    for name, damage in DAMAGED_MODELS.items():
+        damage(copy_checkpoint("vl-siglip", desk / name))
+    return desk
+
+
+@pytest.fixture
+def run(desk, monkeypatch, capsys):
+    """run(command) -> status, out, err of `python generate.py <command>`, run in this process."""
+    monkeypatch.chdir(desk)
+
+    def run(command: str) -> SimpleNamespace:
+        status = 0
+        try:
+            generate.main(shlex.split(command))
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def answer(run):
+    """answer(command) -> what it printed; it must have gone well, with nothing on standard error."""
+
+    def answer(command: str) -> str:
+        result = run(command)
+        assert (result.status, result.err) == (0, "")
+        return result.out
+
+    return answer
+
+
+def by_hand(message: dict, name: str = "vl-siglip", dtype=torch.float32, system: str | None = None, **options) -> str:
+    """What the command line should print, through the Python interface."""
+    model, tested = golden_model(name)
+    if dtype != torch.float32:
+        model = load_model(golden(name).folder, dtype=dtype).pack()
+    (ids,) = generate.generate(model, tested([message], system=system), max_new_tokens=12, **options)
+    return tested.decode(ids) + "\n"
+
+
+HELLO = {"role": "user", "content": "Hello"}
+
+# ------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("name", VL_GOLDENS)
+@pytest.mark.parametrize(
+    "case, command",
+    [
+        (0, '--image 0.png --prompt "Describe this image in detail."'),
+        (0, '--image 0.png --prompt "<image>Describe this image in detail."'),
+        (1, '--image 1.png --image 2.png --prompt "<image_placeholder>A dog, and <image> what is the difference between 12 and 345?"'),
+        (3, '--prompt "Hello, who are you?"'),
+    ],
+    ids=["image first", "marker first", "two images, marker in the middle", "text alone"],
+)  # fmt: skip
+def test_answers_are_the_original_s(name, case, command, answer, monkeypatch):
+    data = golden(name)
+    monkeypatch.chdir(data.folder / "images")
+    expected = golden_model(name)[1].decode(data.tensors[f"{case}.greedy"])
+    assert answer(f"--model ../ {command} {SHORT}") == expected + "\n"
+
+
+def test_default_prompt(answer):
+    assert answer(LOOK) == answer(f'{LOOK} --prompt "<image>Describe this image."')
+
+
+def test_system_text(answer):
+    assert answer(f'{ASK} --system "Be brief."') == by_hand(HELLO, system="Be brief.")
+    assert answer(f'{ASK} --system ""') == by_hand(HELLO, system="")
+    assert answer(ASK) == by_hand(HELLO)
+
+
+def test_sampling_options(answer):
+    options = "--temperature 0.8 --top-k 30 --top-p 0.9 --repetition-penalty 1.3"
+    first = answer(f"{ASK} {options} --seed 5")
+    assert first == answer(f"{ASK} {options} --seed 5")
+    assert first == by_hand(HELLO, temperature=0.8, top_k=30, top_p=0.9, repetition_penalty=1.3, seed=5)
+    assert first != answer(f"{ASK} {options} --seed 6")
+    assert answer(f"{ASK} {options}")
+
+
+@pytest.mark.parametrize("chunk_size", [100, 512, 10_000])
+def test_chunks_change_nothing(chunk_size, answer):
+    assert answer(f"{LOOK} --chunk-size {chunk_size}") == answer(LOOK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(dtype, answer):
+    command = f"--model model --prompt Hello --max-new-tokens 12 --device cpu --dtype {dtype}"
+    assert answer(command) == by_hand(HELLO, dtype=getattr(torch, dtype))
+
+
+def test_auto_takes_what_is_here(answer, monkeypatch):
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(generate, "matmul_seconds", seconds.get)
+    command = "--model model --prompt Hello --max-new-tokens 12"
+    assert answer(command) == by_hand(HELLO, dtype=torch.bfloat16)
+    seconds[torch.bfloat16] = 3.0  # a CPU that emulates it
+    assert answer(command) == by_hand(HELLO)
+
+
+@pytest.mark.parametrize("file, mode", [("a.jpg", "RGB"), ("a.gif", "P"), ("a.png", "P"), ("a.png", "RGBA"), ("a.bmp", "L")])
+def test_picture_formats(file, mode, answer, desk):
+    """A picture of four greys, which every format keeps exactly, gives one answer."""
+    greys = Image.new("L", (64, 48))
+    for i, grey in enumerate((30, 90, 150, 210)):
+        greys.paste(grey, (16 * i, 0, 16 * i + 16, 48))
+    greys.convert("RGB").save(desk / "greys.png")
+    greys.convert(mode).save(desk / file, **({"quality": 100} if file == "a.jpg" else {}))
+    command = f"--model model {SHORT} --image"
+    assert answer(f"{command} {file}") == answer(f"{command} greys.png") != answer(f"{command} picture.png")
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_):
+        pass  # the client has hung up, as it should
+
+
+@pytest.fixture(scope="module")
+def server(desk):
+    """The address under which a local web server gives the files of the desk."""
+    with Server(("127.0.0.1", 0), functools.partial(Files, directory=desk)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_an_image_by_address(answer, server):
+    assert answer(f"--model model --image {server}/picture.png {SHORT}") == answer(LOOK)
+
+
+def test_help(run):
+    result = run("--help")
+    assert (result.status, result.err) == (0, "")
+    for option in (
+        "image", "prompt", "model", "system", "max-new-tokens", "temperature", "top-k", "top-p", "repetition-penalty",
+        "seed", "dtype", "device", "chunk-size", "quiet",
+    ):  # fmt: skip
+        assert f"--{option}" in result.out
+
+
+# ------------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard error becomes a terminal; terminal() -> what it has been sent."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+
+    def sent() -> str:
+        text = b""
+        while select.select([ours], [], [], 0.2)[0]:  # a terminal passes on line by line, and not at once
+            text += os.read(ours, 2**16)
+        return text.decode()
+
+    with open(theirs, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        yield sent
+    os.close(ours)
+
+
+def test_progress_on_a_terminal(answer, terminal, desk):
+    text = by_hand(HELLO)
+    assert answer(ASK) == text
+    steps = terminal().split("\r\033[K")  # each takes the place of the last
+    tokens = golden_model("vl-siglip")[1]([HELLO])["input_ids"].shape[1]
+    assert steps[1] == "loading model as float32 on cpu"
+    assert steps[2].startswith("loaded in ") and steps[2].endswith(f"prefilling {tokens} tokens")
+    assert steps[3] == ""
+    assert steps[4].startswith(f"{tokens} tokens read in ") and steps[4].endswith(" tokens/s\r\n")
+    assert "12 written in " in steps[4]
+
+    assert answer(f"{ASK} --quiet") == text
+    assert terminal() == ""
+
+
+def test_an_error_takes_the_place_of_progress(run, terminal):
+    assert run(ASK.replace("model model", "model truncated-weights")).status == 2
+    *_, last = terminal().split("\r\033[K")
+    assert last.startswith("error: truncated-weights/model.safetensors") and last.count("\n") == 1
+
+
+def test_an_output_that_lacks_characters(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run(LOOK).status == 0
+    text = by_hand({"role": "user", "content": "<image>Describe this image.", "images": ["picture.png"]})
+    assert not text.isascii()
+    assert sys.stdout.buffer.getvalue() == text.encode("ascii", errors="replace")
+
+
+def test_streams_that_are_closed(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(ASK) == SimpleNamespace(status=0, out="", err="")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(f"{ASK} --top-p 2") == SimpleNamespace(status=2, out="", err="")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_an_output_that_is_full(run, monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert run(ASK) == SimpleNamespace(status=2, out="", err="error: [Errno 28] No space left on device\n")
+    with suppress(OSError):
+        full.close()
+
+
+def test_interrupted_while_loading(run, terminal, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load_model", interrupted)
+    assert run(ASK) == SimpleNamespace(status=130, out="", err="")
+    assert terminal().endswith("\r\033[K")  # no half line is left behind
+
+
+# As users run it: a process of its own.
+
+
+def start(command: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), *shlex.split(command)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Ctrl-C as a shell sets it up, even where these tests run in the background, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.fixture
+def endless(desk) -> str:
+    """A command whose answer goes on for thousands of tokens."""
+    (desk / "model" / "generation_config.json").write_text('{"eos_token_id": []}')
+    yield "--model model --prompt Hello --max-new-tokens 3500 --dtype float32 --device cpu"
+    (desk / "model" / "generation_config.json").unlink()
+
+
+def test_a_process_of_its_own(desk):
+    process = start(LOOK, desk)
+    out, err = process.communicate(timeout=60)
+    message = {"role": "user", "content": "<image>Describe this image.", "images": [str(desk / "picture.png")]}
+    assert (process.returncode, out.decode(), err) == (0, by_hand(message), b"")
+
+
+def test_ctrl_c_keeps_what_was_said(desk, endless):
+    process = start(endless, desk)
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
+    answer = (first + out).decode()
+    assert answer.startswith(by_hand(HELLO)[:1]) and answer.endswith("\n")
+    assert len(answer) < 3000
+
+
+def test_a_reader_that_leaves(desk, endless):
+    process = start(endless, desk)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(folder: Path, changes: dict) -> None:
+    """Change the tensors of a checkpoint; None takes one away."""
+    file = folder / "model.safetensors"
+    save_file({name: tensor for name, tensor in (load_file(file) | changes).items() if tensor is not None}, file)
+
+
+def lose_a_shard(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "lost.safetensors")}))
+
+
+def take_another_tokenizer(folder: Path) -> None:
+    """One with more tokens than the model: the last id of this one is moved up."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"][0]["id"] = 600
+    file.write_text(json.dumps(content))
+
+
+def rewrite(name: str, change):
+    """A damage that changes the bytes of one file."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+NORM = "language_model.model.norm.weight"
+WEIGHTS = "model.safetensors: not a readable weight file"
+DAMAGED_MODELS = {
+    "without-config": lambda folder: (folder / "config.json").unlink(),
+    "broken-json": rewrite("config.json", lambda raw: raw[:-20]),
+    "unknown-architecture": lambda folder: edit_json(folder / "config.json", model_type="llava"),
+    "without-tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "without-weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "without-shard": lose_a_shard,
+    "truncated-weights": rewrite("model.safetensors", lambda raw: raw[:-1]),
+    "truncated-header": rewrite("model.safetensors", lambda raw: raw[:100]),
+    "lying-header": rewrite("model.safetensors", lambda raw: struct.pack("<Q", 2**60) + raw[8:]),
+    "missing-tensor": lambda folder: edit_weights(folder, {NORM: None}),
+    "extra-tensor": lambda folder: edit_weights(folder, {"extra": torch.ones(1)}),
+    "wrong-shape": lambda folder: edit_weights(folder, {NORM: torch.ones(65)}),
+    "other-tokenizer": take_another_tokenizer,
+}
+
+# What is wrong with the command: words of the one line that says so.
+BAD_COMMANDS = {
+    # The command itself.
+    "": "--model is missing, expected a checkpoint folder",
+    "--prompt Hello": "--model is missing, expected a checkpoint folder",
+    "--model model": "nothing to do: give --image, --prompt or both",
+    f"{ASK} --verbose": "unrecognized arguments: --verbose",
+    f"{ASK} picture.png": "unrecognized arguments: picture.png",
+    f"{ASK} --image": "argument --image: expected one argument",
+    f"{ASK} --boxes boxes.png": "--boxes draws on an image, give --image",
+    f"{LOOK} --boxes boxes.txt": "--boxes boxes.txt: expected a name that ends in",
+    f"{LOOK} --boxes nowhere/boxes.png": "--boxes nowhere/boxes.png: there is no such folder",
+    # Options out of range, or no numbers.
+    f"{ASK} --max-new-tokens 0": "max_new_tokens is 0, expected 1 or more",
+    f"{ASK} --max-new-tokens many": "argument --max-new-tokens: invalid int value: 'many'",
+    f"{ASK} --temperature -0.1": "temperature is -0.1, expected 0 or more",
+    f"{ASK} --temperature nan": "temperature is nan, expected 0 or more",
+    f"{ASK} --temperature inf": "temperature is inf, expected 0 or more",
+    f"{ASK} --temperature hot": "argument --temperature: invalid float value: 'hot'",
+    f"{ASK} --top-k -1": "top_k is -1, expected 0 (off) or more",
+    f"{ASK} --top-k 1.5": "argument --top-k: invalid int value: '1.5'",
+    f"{ASK} --top-p 0": "top_p is 0.0, expected above 0 and at most 1",
+    f"{ASK} --top-p 1.1": "top_p is 1.1, expected above 0 and at most 1",
+    f"{ASK} --top-p nan": "top_p is nan, expected above 0 and at most 1",
+    f"{ASK} --repetition-penalty 0": "repetition_penalty is 0.0, expected above 0",
+    f"{ASK} --repetition-penalty -2": "repetition_penalty is -2.0, expected above 0",
+    f"{ASK} --seed -1": "seed is -1, expected from 0 to 2**63 - 1",
+    f"{ASK} --seed 9223372036854775808": "seed is 9223372036854775808, expected from 0 to 2**63 - 1",
+    f"{ASK} --seed one": "argument --seed: invalid int value: 'one'",
+    f"{ASK} --chunk-size 0": "chunk_size is 0, expected 1 or more",
+    f"{ASK} --chunk-size half": "argument --chunk-size: invalid int value: 'half'",
+    f"{ASK} --dtype int8": "argument --dtype: invalid choice: 'int8'",
+    f"{ASK} --device tpu": "argument --device: invalid choice: 'tpu'",
+    f"{ASK} --device cuda": "--device cuda: there is none here, expected one of cpu",
+    f"{ASK} --device mps": "--device mps: there is none here, expected one of cpu",
+    # Images.
+    f"{ASK} --image missing.png": "missing.png: no such image file",
+    f"{LOOK} --image missing.png": "missing.png: no such image file",
+    f"{ASK} --image ''": "no such image file",
+    f"{ASK} --image empty.png": "empty.png: not an image",
+    f"{ASK} --image text.png": "text.png: not an image",
+    f"{ASK} --image truncated.png": "truncated.png: damaged image data",
+    f"{ASK} --image folder": "folder: not a file",
+    f"{ASK} --image bomb.png": "bomb.png: cannot be opened as an image (Image size (10000000000 pixels) exceeds limit",
+    f"{ASK} --image ftp://127.0.0.1/a.png": "ftp://127.0.0.1/a.png: only http and https addresses are read",
+    f"{ASK} --image file:///picture.png": "file:///picture.png: only http and https addresses are read",
+    f"{ASK} --image SERVER/missing.png": "/missing.png: HTTP Error 404",
+    f"{ASK} --image SERVER/text.png": "/text.png: not an image",
+    f"{ASK} --image SERVER/large.png": "/large.png: more than the limit of 1000000 bytes",
+    f"{ASK} --image UNREACHABLE/a.png": "Connection refused",
+    # Prompts.
+    f"{LOOK} --prompt '<image> or <image>?'": "the text has 2 image markers, but 1 images are given",
+    f"{LOOK} --image picture.png --prompt '<image>?'": "the text has 1 image markers, but 2 images are given",
+    f"{ASK} --prompt 'What is <image>?'": "the text has 1 image markers, but 0 images are given",
+    f"{LOOK} {'--image picture.png ' * 7}": "over the model's context of 4096",
+    f"{ASK} --prompt '{'word ' * 5000}'": "over the model's context of 4096",
+    # Checkpoints.
+    "--model nowhere --prompt Hello": "nowhere/config.json: no such file",
+    "--model picture.png --prompt Hello": "picture.png/config.json: no such file",
+    "--model without-config --prompt Hello": "without-config/config.json: no such file",
+    "--model broken-json --prompt Hello": "broken-json/config.json: not valid JSON",
+    "--model unknown-architecture --prompt Hello": "unknown-architecture/config.json: model_type 'llava', expected one of",
+    "--model without-tokenizer --prompt Hello": "without-tokenizer: expected a tokenizer.json or tokenizer.model",
+    "--model without-weights --prompt Hello": "without-weights: no weights, expected model.safetensors or",
+    "--model without-shard --prompt Hello": "without-shard/lost.safetensors: no such file",
+    "--model truncated-weights --prompt Hello": f"truncated-weights/{WEIGHTS}",
+    "--model truncated-header --prompt Hello": f"truncated-header/{WEIGHTS}",
+    "--model lying-header --prompt Hello": f"lying-header/{WEIGHTS}",
+    "--model missing-tensor --prompt Hello": f"missing-tensor: missing tensor {NORM}, expected shape [64]",
+    "--model extra-tensor --prompt Hello": "extra-tensor: unexpected tensor extra",
+    "--model wrong-shape --prompt Hello": f"wrong-shape/model.safetensors: tensor {NORM} has shape [65], config.json says [64]",
+    "--model other-tokenizer --prompt Hello": "other-tokenizer: the tokenizer gives id 600, the model knows ids below 512",
+}
+
+
+@pytest.mark.parametrize("command, words", BAD_COMMANDS.items(), ids=lambda text: text.replace(SHORT, "")[-60:] or "nothing")
+def test_bad_input_is_one_line(command, words, run, server, monkeypatch):
+    monkeypatch.setattr(processor, "MAX_DOWNLOAD_BYTES", 1_000_000)
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    with socket.socket() as unused:  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))
+        unreachable = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        result = run(command.replace("SERVER", server).replace("UNREACHABLE", unreachable))
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("error: ") and result.err.endswith("\n") and result.err.count("\n") == 1
+    assert words in result.err
