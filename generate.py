@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,14 +92,19 @@ def check_options(
     chunk_size: int | None,
 ) -> None:
     """Raise ValueError that names the first option out of its range."""
+
+    def whole(value: object, least: int) -> bool:
+        return isinstance(value, Integral) and least <= value < 2**63
+
     for name, value, valid, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("max_new_tokens", max_new_tokens, whole(max_new_tokens, 1), "a whole number, 1 or more"),
+        # Dividing by less than a millionth overflows; it would choose the likeliest token, as 0 does.
+        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0, or from 1e-6"),
+        ("top_k", top_k, whole(top_k, 0), "a whole number, 0 (off) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
-        ("chunk_size", chunk_size, chunk_size is None or chunk_size >= 1, "1 or more"),
+        ("seed", seed, seed is None or whole(seed, 0), "a whole number from 0 to 2**63 - 1"),
+        ("chunk_size", chunk_size, chunk_size is None or whole(chunk_size, 1), "a whole number, 1 or more"),
     ):
         if not valid:
             raise ValueError(f"{name} is {value}, expected {wanted}")
@@ -148,6 +154,8 @@ def decode(
     input_ids = batch["input_ids"].to(model.device)
     B, T = input_ids.shape
     context = model.config.language.max_position_embeddings
+    if T == 0:
+        raise ValueError("the prompt is empty, expected at least one token")
     if T > context:
         raise ValueError(f"the prompt has {T} tokens, the model's context holds {context}")
     steps = min(max_new_tokens, context - T + 1)  # the last id is never fed back
@@ -475,8 +483,8 @@ def check_boxes_file(file: str | None, images: list[str]) -> None:
         raise ValueError("--boxes draws on an image, give --image")
     if Path(file).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--boxes {file}: expected a name that ends in .png, .jpg or .webp")
-    if not Path(file).resolve().parent.is_dir():
-        raise ValueError(f"--boxes {file}: there is no such folder to write in")
+    if Path(file).is_dir() or not Path(file).resolve().parent.is_dir():
+        raise ValueError(f"--boxes {file}: expected the name of a file, in a folder that is there")
 
 
 def save_boxes(file: Path, image: Image.Image, answer: str) -> str:

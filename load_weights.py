@@ -270,7 +270,7 @@ def deepseek_experts(config: Section) -> ExpertsConfig | None:
         return None
     experts = ExpertsConfig(
         n_routed_experts=config.get("n_routed_experts", 1),
-        n_shared_experts=config.get("n_shared_experts", 1),
+        n_shared_experts=config.get("n_shared_experts", 0, least=0),
         num_experts_per_tok=config.get("num_experts_per_tok", 1),
         moe_intermediate_size=config.get("moe_intermediate_size", 1407),
         first_k_dense_replace=config.get("first_k_dense_replace", 0, least=0),

@@ -426,11 +426,14 @@ class HeadWeights(nn.Module):
         return kv.split(self.sizes, dim=-1)
 
 
+LATENT_NORM_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps a config gives the others
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention: cache one small latent for each token, not keys and values for each head.
 
     (DeepSeek-V2, section 2.1.) A token's keys and values are all made from one latent c of R values:
-    per head, k = W_k c and v = W_v sizes. Rotation by position does not commute with W_k, so position is
+    per head, k = W_k c and v = W_v c. Rotation by position does not commute with W_k, so position is
     told by extra values: each head's query has a rotated part, and one rotated key serves all heads.
 
         score(query, token) = (q_nope . W_k c + q_rope . k_rope) * scale
@@ -452,10 +455,10 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(D, self.heads * query_dim, bias=False)
         else:  # queries through a latent of their own, which saves parameters
             self.q_a_proj = nn.Linear(D, sizes.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(sizes.q_lora_rank, self.heads * query_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(D, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = HeadWeights(sizes.kv_lora_rank, self.heads, (sizes.qk_nope_head_dim, sizes.v_head_dim))
         self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, D, bias=False)
 
@@ -513,7 +516,7 @@ class LatentAttention(nn.Module):
         k_nope, v = self.kv_b_proj(latent)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
-        v = F.pad(v, (0, q.shape[-1] - sizes.v_head_dim))  # fused kernels want one width for all
+        v = F.pad(v, (0, max(0, q.shape[-1] - sizes.v_head_dim)))  # fused kernels want one width for all
         out, weights = causal_attention(q, k, v, visible, self.scale, want_weights)
         return out[..., : sizes.v_head_dim], weights
 
@@ -570,7 +573,7 @@ class Router(nn.Module):
             preference = self.within_best_groups(preference)
         experts = preference.topk(c.num_experts_per_tok, dim=-1).indices  # (tokens, k)
         weights = scores.gather(-1, experts)
-        if c.norm_topk_prob:
+        if c.norm_topk_prob and c.num_experts_per_tok > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return experts, weights * c.routed_scaling_factor
 
@@ -590,7 +593,7 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared experts for every token, plus the k routed ones that the router chose for it.
+    """Shared experts (if any) for every token, plus the k routed ones that the router chose for it.
 
     y = shared(x) + sum over chosen e of weight_e * expert_e(x)
     """
@@ -600,7 +603,9 @@ class MixtureOfExperts(nn.Module):
         D, e = config.hidden_size, config.experts
         self.gate = Router(config)
         self.experts = nn.ModuleList(SwiGLU(D, e.moe_intermediate_size) for _ in range(e.n_routed_experts))
-        self.shared_experts = SwiGLU(D, e.n_shared_experts * e.moe_intermediate_size)
+        self.shared_experts = None
+        if e.n_shared_experts:
+            self.shared_experts = SwiGLU(D, e.n_shared_experts * e.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D).
@@ -622,7 +627,8 @@ class MixtureOfExperts(nn.Module):
                 mine = slice(start, start + count)
                 out.index_add_(0, rows[mine], expert(tokens[rows[mine]]) * weights[mine])
                 start += count
-        return out.to(x.dtype).view_as(x) + self.shared_experts(x)
+        routed = out.to(x.dtype).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
 class DecoderLayer(nn.Module):
@@ -712,6 +718,12 @@ class Output:
     attentions: tuple[Tensor, ...] | None = None
 
 
+def check_size(name: str, pixels: Tensor, size: int) -> None:
+    """Raise ValueError for pixels that are not (images, 3, size, size)."""
+    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+        raise ValueError(f"{name} have shape {list(pixels.shape)}, expected [images, 3, {size}, {size}]")
+
+
 class DeepseekVL(nn.Module):
     """DeepSeek-VL and DeepSeek-VL2: a vision tower, an aligner, a decoder and its head."""
 
@@ -760,15 +772,19 @@ class DeepseekVL(nn.Module):
                 the low one, beside `high_res_pixel_values`, as transformers' processor does.
                 For DeepSeek-VL2 the tiles of all images, and `images_spatial_crop` (images, 2).
         Returns: one (N, D) tensor for each image, in the order of the batch.
-        Raises: ValueError where tiles do not fit images_spatial_crop.
+        Raises: ValueError for pixels of another size, and tiles that do not fit images_spatial_crop.
         """
         pixels = batch["pixel_values"].to(self.device)
         if isinstance(self.vision, HybridTower):
             high_pixels = batch.get("high_res_pixel_values")
             if high_pixels is None:
+                check_size("pixel_values", pixels, self.config.vision.high.image_size)
                 high_pixels, pixels = self.vision.split(pixels)
+            check_size("high_res_pixel_values", high_pixels, self.config.vision.high.image_size)
+            check_size("pixel_values", pixels, self.config.vision.low.image_size)
             high_pixels = high_pixels.to(self.device, self.dtype)
             return list(self.aligner(*self.vision(high_pixels, pixels.to(self.dtype))))
+        check_size("pixel_values", pixels, self.config.vision.image_size)
         tokens = self.vision(pixels.to(self.dtype))
         if isinstance(self.aligner, TileAligner):
             if batch.get("images_spatial_crop") is None:
@@ -796,6 +812,8 @@ class DeepseekVL(nn.Module):
         """
         embeddings = self.language.embed_tokens(input_ids.to(self.device))
         if pixel_values is None:
+            if images_seq_mask is not None and images_seq_mask.any():
+                raise ValueError(f"no pixel_values for {int(images_seq_mask.sum())} image tokens in input_ids")
             return embeddings
         if images_seq_mask is None:
             if self.config.image_token_id is None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,18 +107,21 @@ HELLO = {"role": "user", "content": "Hello"}
 # ------------------------------------------------------------------------------- answers
 
 
+TWO_IMAGES = "<image_placeholder>A dog, and <image> what is the difference between 12 and 345?"
+
+
 @pytest.mark.parametrize("name", VL_GOLDENS)
 @pytest.mark.parametrize(
     "case, command",
     [
         (0, '--image 0.png --prompt "Describe this image in detail."'),
         (0, '--image 0.png --prompt "<image>Describe this image in detail."'),
-        (1, '--image 1.png --image 2.png --prompt "<image_placeholder>A dog, and <image> what is the difference between 12 and 345?"'),
+        (1, f'--image 1.png --image 2.png --prompt "{TWO_IMAGES}"'),
         (3, '--prompt "Hello, who are you?"'),
     ],
-    ids=["image first", "marker first", "two images, marker in the middle", "text alone"],
-)  # fmt: skip
-def test_answers_are_the_original_s(name, case, command, answer, monkeypatch):
+    ids=["image first", "marker first", "two images, a marker in the middle", "text alone"],
+)
+def test_answers_are_the_originals(name, case, command, answer, monkeypatch):
     data = golden(name)
     monkeypatch.chdir(data.folder / "images")
     expected = golden_model(name)[1].decode(data.tensors[f"{case}.greedy"])
@@ -166,7 +169,7 @@ def test_auto_takes_what_is_here(answer, monkeypatch):
     assert answer(command) == by_hand(HELLO)
 
 
-@pytest.mark.parametrize("file, mode", [("a.jpg", "RGB"), ("a.gif", "P"), ("a.png", "P"), ("a.png", "RGBA"), ("a.bmp", "L")])
+@pytest.mark.parametrize("file, mode", [("a.jpg", "RGB"), ("a.gif", "P"), ("a.png", "P"), ("b.png", "RGBA")])
 def test_picture_formats(file, mode, answer, desk):
     """A picture of four greys, which every format keeps exactly, gives one answer."""
     greys = Image.new("L", (64, 48))
@@ -214,9 +217,9 @@ def test_help(run):
 # ------------------------------------------------------------------------------- streams
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Standard error becomes a terminal; terminal() -> what it has been sent."""
+@contextmanager
+def terminal():
+    """Inside, standard error is a terminal; gives a function that tells what it has been sent."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
 
@@ -226,16 +229,18 @@ def terminal(monkeypatch):
             text += os.read(ours, 2**16)
         return text.decode()
 
-    with open(theirs, "w") as file:
-        monkeypatch.setattr(sys, "stderr", file)
+    with open(theirs, "w") as file, redirect_stderr(file):
         yield sent
     os.close(ours)
 
 
-def test_progress_on_a_terminal(answer, terminal, desk):
+def test_progress_on_a_terminal(answer):
     text = by_hand(HELLO)
-    assert answer(ASK) == text
-    steps = terminal().split("\r\033[K")  # each takes the place of the last
+    with terminal() as sent:
+        assert answer(ASK) == text
+        steps = sent().split("\r\033[K")  # each takes the place of the last
+        assert answer(f"{ASK} --quiet") == text
+        assert sent() == ""
     tokens = golden_model("vl-siglip")[1]([HELLO])["input_ids"].shape[1]
     assert steps[1] == "loading model as float32 on cpu"
     assert steps[2].startswith("loaded in ") and steps[2].endswith(f"prefilling {tokens} tokens")
@@ -243,13 +248,11 @@ def test_progress_on_a_terminal(answer, terminal, desk):
     assert steps[4].startswith(f"{tokens} tokens read in ") and steps[4].endswith(" tokens/s\r\n")
     assert "12 written in " in steps[4]
 
-    assert answer(f"{ASK} --quiet") == text
-    assert terminal() == ""
 
-
-def test_an_error_takes_the_place_of_progress(run, terminal):
-    assert run(ASK.replace("model model", "model truncated-weights")).status == 2
-    *_, last = terminal().split("\r\033[K")
+def test_an_error_takes_the_place_of_progress(run):
+    with terminal() as sent:
+        assert run("--model truncated-weights --prompt Hello").status == 2
+        *_, last = sent().split("\r\033[K")
     assert last.startswith("error: truncated-weights/model.safetensors") and last.count("\n") == 1
 
 
@@ -277,13 +280,14 @@ def test_an_output_that_is_full(run, monkeypatch):
         full.close()
 
 
-def test_interrupted_while_loading(run, terminal, monkeypatch):
+def test_interrupted_while_loading(run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "load_model", interrupted)
-    assert run(ASK) == SimpleNamespace(status=130, out="", err="")
-    assert terminal().endswith("\r\033[K")  # no half line is left behind
+    with terminal() as sent:
+        assert run(ASK) == SimpleNamespace(status=130, out="", err="")
+        assert sent().endswith("\r\033[K")  # no half line is left behind
 
 
 # As users run it: a process of its own.
@@ -337,10 +341,6 @@ def test_a_reader_that_leaves(desk, endless):
 # ------------------------------------------------------------------------------- bad input
 
 
-def edit_json(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def edit_weights(folder: Path, changes: dict) -> None:
     """Change the tensors of a checkpoint; None takes one away."""
     file = folder / "model.safetensors"
@@ -350,11 +350,12 @@ def edit_weights(folder: Path, changes: dict) -> None:
 def lose_a_shard(folder: Path) -> None:
     names = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "lost.safetensors")}))
+    index = {"weight_map": dict.fromkeys(names, "lost.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def take_another_tokenizer(folder: Path) -> None:
-    """One with more tokens than the model: the last id of this one is moved up."""
+    """One with ids that the model does not have."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     content["added_tokens"][0]["id"] = 600
@@ -371,7 +372,7 @@ WEIGHTS = "model.safetensors: not a readable weight file"
 DAMAGED_MODELS = {
     "without-config": lambda folder: (folder / "config.json").unlink(),
     "broken-json": rewrite("config.json", lambda raw: raw[:-20]),
-    "unknown-architecture": lambda folder: edit_json(folder / "config.json", model_type="llava"),
+    "unknown-architecture": rewrite("config.json", lambda raw: raw.replace(b"multi_modality", b"llava")),
     "without-tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "without-weights": lambda folder: (folder / "model.safetensors").unlink(),
     "without-shard": lose_a_shard,
@@ -445,7 +446,7 @@ BAD_COMMANDS = {
     "--model picture.png --prompt Hello": "picture.png/config.json: no such file",
     "--model without-config --prompt Hello": "without-config/config.json: no such file",
     "--model broken-json --prompt Hello": "broken-json/config.json: not valid JSON",
-    "--model unknown-architecture --prompt Hello": "unknown-architecture/config.json: model_type 'llava', expected one of",
+    "--model unknown-architecture --prompt Hello": "unknown-architecture/config.json: model_type 'llava', expected",
     "--model without-tokenizer --prompt Hello": "without-tokenizer: expected a tokenizer.json or tokenizer.model",
     "--model without-weights --prompt Hello": "without-weights: no weights, expected model.safetensors or",
     "--model without-shard --prompt Hello": "without-shard/lost.safetensors: no such file",
@@ -454,12 +455,14 @@ BAD_COMMANDS = {
     "--model lying-header --prompt Hello": f"lying-header/{WEIGHTS}",
     "--model missing-tensor --prompt Hello": f"missing-tensor: missing tensor {NORM}, expected shape [64]",
     "--model extra-tensor --prompt Hello": "extra-tensor: unexpected tensor extra",
-    "--model wrong-shape --prompt Hello": f"wrong-shape/model.safetensors: tensor {NORM} has shape [65], config.json says [64]",
-    "--model other-tokenizer --prompt Hello": "other-tokenizer: the tokenizer gives id 600, the model knows ids below 512",
+    "--model wrong-shape --prompt Hello": f"tensor {NORM} has shape [65], config.json says [64]",
+    "--model other-tokenizer --prompt Hello": "the tokenizer gives id 600, the model knows ids below 512",
 }
 
 
-@pytest.mark.parametrize("command, words", BAD_COMMANDS.items(), ids=lambda text: text.replace(SHORT, "")[-60:] or "nothing")
+@pytest.mark.parametrize(
+    "command, words", BAD_COMMANDS.items(), ids=[command.replace(SHORT, "")[-60:] for command in BAD_COMMANDS]
+)
 def test_bad_input_is_one_line(command, words, run, server, monkeypatch):
     monkeypatch.setattr(processor, "MAX_DOWNLOAD_BYTES", 1_000_000)
     for device in (torch.cuda, torch.backends.mps):

@@ -232,12 +232,17 @@ def test_prompt_in_chunks_equals_one_pass(small_pair, kind, chunk_size, lengths)
     assert generate(model, batch, 12, chunk_size=chunk_size) == generate(model, batch, 12)
 
 
-def test_images_are_seen_once_whatever_the_chunks(small_pair):
-    model, seen = small_pair("siglip").ours, []
-    hook = model.vision.register_forward_hook(lambda *_: seen.append(1))
-    generate(model, random_batch("siglip"), max_new_tokens=5, chunk_size=4)
-    hook.remove()
-    assert len(seen) == 1
+def test_the_prompt_is_fed_in_pieces_and_its_images_are_seen_once(small_pair):
+    model, seen, fed = small_pair("siglip").ours, [], []
+    hooks = (
+        model.vision.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))),
+        model.language.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1])),
+    )
+    generate(model, random_batch("siglip"), max_new_tokens=3, chunk_size=20)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [2]
+    assert fed == [20, 20, 14, 1, 1]  # 54 tokens of the prompt, then two of the three new ones
 
 
 def test_text_without_images(small_pair):
@@ -283,10 +288,20 @@ def test_prompt_beyond_the_context(small_pair):
         generate(model, random_batch("siglip"))
 
 
+def test_a_prompt_without_tokens(small_pair):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate(small_pair("siglip").ours, {"input_ids": torch.ones(1, 0).long()})
+
+
+def test_labels_in_a_batch_do_not_matter(small_pair):
+    model, batch = small_pair("siglip").ours, random_batch("siglip")
+    assert generate(model, batch | {"labels": batch["input_ids"]}, 4) == generate(model, batch, 4)
+
+
 WRONG_OPTIONS = [
-    ("max_new_tokens", [0, -1]),
-    ("temperature", [-0.1, math.inf, math.nan]),
-    ("top_k", [-1]),
+    ("max_new_tokens", [0, -1, 2.5]),
+    ("temperature", [-0.1, 1e-39, math.inf, math.nan]),
+    ("top_k", [-1, 2.5]),
     ("top_p", [0.0, -0.5, 1.1, math.nan]),
     ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),
     ("seed", [-1, 2**63]),

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, SMALL_LLAMA, SMALL_SAM, SMALL_SIGLIP, VL2_GOLDENS, VL_GOLDENS, copy_checkpoint, needs_shared
+from conftest import (
+    SHARED,
+    SMALL_LLAMA,
+    SMALL_SAM,
+    SMALL_SIGLIP,
+    VL2_GOLDENS,
+    VL_GOLDENS,
+    copy_checkpoint,
+    needs_shared,
+)
 from safetensors.torch import load_file, save_file
 
 from load_weights import expected_tensors, load_model, read_config, read_layout_and_config
@@ -56,9 +65,7 @@ def check_refused(folder: Path, *words: str) -> None:
 
 # ------------------------------------------------------------------------------- the released checkpoints
 
-SIGLIP_L = SigLIPConfig(
-    image_size=384, patch_size=16, width=1024, layers=24, heads=16, mlp_width=4096, gelu="none"
-)  # fmt: skip
+SIGLIP_L = SigLIPConfig(image_size=384, patch_size=16, width=1024, layers=24, heads=16, mlp_width=4096, gelu="none")
 SAM_B = SAMConfig(
     image_size=1024, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, window=14,
     global_layers=(2, 5, 8, 11), neck_channels=256, downsample_channels=(512, 1024),
@@ -68,7 +75,8 @@ LLAMA_1B = LanguageConfig(
     num_key_value_heads=16, head_dim=128, max_position_embeddings=16384, rms_norm_eps=1e-6, rope_theta=10000.0,
 )  # fmt: skip
 LLAMA_7B = replace(
-    LLAMA_1B, hidden_size=4096, intermediate_size=11008, num_hidden_layers=30, num_attention_heads=32, num_key_value_heads=32
+    LLAMA_1B, hidden_size=4096, intermediate_size=11008, num_hidden_layers=30, num_attention_heads=32,
+    num_key_value_heads=32,
 )  # fmt: skip
 # The 7B official config names neither width nor heads of its language model: they are LlamaConfig's defaults.
 RELEASED = {
@@ -86,7 +94,7 @@ PARAMETERS = {  # without the unused ones, which make 1.98 billion of the first,
     "deepseek-vl2-small": 16_133_111_152,
     "deepseek-vl2": 27_464_895_896,
 }
-UNUSED = re.compile(r".*attn_pool\..*|vision_model\.(high|low)_layer_norm\..*|model\.vision_model\.(vision_model\.)?head\..*")
+UNUSED = re.compile(r".*\.attn_pool\..*|vision_model\.(high|low)_layer_norm\..*|model\.(vision_model\.)+head\..*")
 
 
 @needs_shared
@@ -138,7 +146,8 @@ def test_sizes_beside_a_preset_override_it():
 def test_pixel_norms_are_read(tmp_path):
     folder = copy_checkpoint("vl-hybrid", tmp_path / "model")
     params = "vision_config.params"
-    edit_json(folder / "config.json", {f"{params}.low_res_cfg.pixel_mean": [0, 0.25, 1], f"{params}.high_res_cfg.pixel_std": [1, 2, 3]})
+    changes = {f"{params}.low_res_cfg.pixel_mean": [0, 0.25, 1], f"{params}.high_res_cfg.pixel_std": [1, 2, 3]}
+    edit_json(folder / "config.json", changes)
     vision = read_config(folder).vision
     assert (vision.low_norm.mean, vision.low_norm.std) == ((0, 0.25, 1), (0.5, 0.5, 0.5))
     assert (vision.high_norm.mean[0], vision.high_norm.std) == (0.48145466, (1, 2, 3))
@@ -154,7 +163,7 @@ LLAMA_DEFAULTS = LanguageConfig(
 LANGUAGE_CONFIGS = {
     "nothing": ({}, {}),
     "nulls": ({"hidden_size": None, "rope_parameters": None, "num_key_value_heads": None}, {}),
-    "fewer heads": ({"num_attention_heads": 16}, {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256}),
+    "more heads": ({"num_attention_heads": 64}, dict(num_attention_heads=64, num_key_value_heads=64, head_dim=64)),
     "shared keys": ({"num_key_value_heads": 8}, {"num_key_value_heads": 8}),
     "own head width": ({"head_dim": 64}, {"head_dim": 64}),
     "older rope": ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
@@ -165,7 +174,8 @@ LANGUAGE_CONFIGS = {
 
 @pytest.mark.parametrize("language, expected", LANGUAGE_CONFIGS.values(), ids=LANGUAGE_CONFIGS)
 def test_absent_keys_are_llama_defaults(language, expected, tmp_path):
-    config = read_config(config_folder(tmp_path / "model", {"model_type": "multi_modality", "language_config": language}))
+    content = {"model_type": "multi_modality", "language_config": language}
+    config = read_config(config_folder(tmp_path / "model", content))
     assert config.language == replace(LLAMA_DEFAULTS, **expected)
     assert config.vision == SIGLIP_L  # an official config that says nothing
 
@@ -208,56 +218,73 @@ def test_end_and_image_tokens(tmp_path):
         assert read_config(folder).end_token_ids == ends
 
 
-SIGLIP, HIGH = "vision_config.params", "vision_config.params.high_res_cfg"
+LLAMA, PROJECTOR = "language_config", "aligner_config.params"
+SIGLIP, SAM = "vision_config.params.low_res_cfg", "vision_config.params.high_res_cfg"
 
-# What is wrong: (checkpoint, key, value, words of the message beside the file's name).
+# What the config of vl-hybrid says: (key, value, words of the message).
 BAD_CONFIGS = {
-    "no model type": ("vl-siglip", "model_type", ABSENT, "model_type is None, expected one of multi_modality"),
-    "unknown model type": ("vl-siglip", "model_type", "llava", "model_type is 'llava', expected one of multi_modality"),
-    "model type of a wrong type": ("vl-siglip", "model_type", ["llava"], "model_type is ['llava'], expected one of"),
-    "section of a wrong type": ("vl-siglip", "language_config", [1], "language_config: expected an object, found list"),
-    "unknown tower": ("vl-siglip", "vision_config.cls", "ViT", "cls is 'ViT', only 'CLIPVisionTower' or"),
-    "unknown preset": ("vl-siglip", f"{SIGLIP}.model_name", "vit_h", "model_name is 'vit_h', only 'siglip_large_patch16_384'"),
-    "unknown SAM preset": ("vl-hybrid", f"{HIGH}.model_name", "sam_h", "model_name is 'sam_h', only 'sam_b_downsample'"),
-    "another layer's features": ("vl-siglip", f"{SIGLIP}.select_layer", -2, "select_layer is -2, only -1 is supported"),
-    "another projector": ("vl-siglip", "aligner_config.params.projector_type", "linear", "projector_type is 'linear', only 'mlp_gelu'"),
-    "the hybrid's projector": ("vl-siglip", "aligner_config.params.projector_type", "low_high_hybrid_split_mlp_gelu", "only 'mlp_gelu'"),
-    "a deeper projector": ("vl-siglip", "aligner_config.params.depth", 3, "depth is 3, only 2 is supported"),
-    "stretched rope": ("vl-siglip", "language_config.rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling is {"),
-    "another rope": ("vl-siglip", "language_config.rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn', only 'default'"),
-    "biases": ("vl-siglip", "language_config.attention_bias", True, "attention_bias is True, only False is supported"),
-    "another activation": ("vl-siglip", "language_config.hidden_act", "gelu", "hidden_act is 'gelu', only 'silu'"),
-    "neither true nor false": ("vl-siglip", "language_config.tie_word_embeddings", "yes", "tie_word_embeddings is 'yes'"),
-    "negative size": ("vl-siglip", "language_config.vocab_size", -5, "vocab_size is -5, expected an integer above 0"),
-    "no layers": ("vl-siglip", "language_config.num_hidden_layers", 0, "num_hidden_layers is 0, expected an integer above 0"),
-    "size as text": ("vl-siglip", "language_config.hidden_size", "64", "hidden_size is '64', expected an integer"),
-    "size with a fraction": ("vl-siglip", "language_config.hidden_size", 64.0, "hidden_size is 64.0, expected an integer"),
-    "size as a truth": ("vl-siglip", f"{SIGLIP}.layers", True, "layers is True, expected an integer"),
-    "not a number": ("vl-siglip", "language_config.rope_theta", float("nan"), "rope_theta is nan, expected a number above 0"),
-    "infinite": ("vl-siglip", f"{SIGLIP}.mlp_ratio", float("inf"), "mlp_ratio is inf, expected a number above 0"),
-    "beyond any number": ("vl-siglip", "language_config.rope_theta", 10**400, "rope_theta is 1000000"),
-    "beyond any memory": ("vl-siglip", f"{SIGLIP}.width", 2**31 - 8, "sizes too large for any memory"),
-    "beyond any patience": ("vl-siglip", "language_config.num_hidden_layers", 2**30, "layers or experts, expected at most"),
-    "uneven vision heads": ("vl-siglip", f"{SIGLIP}.heads", 5, "vision width 64 is no multiple of 5 heads"),
-    "patch beyond the image": ("vl-siglip", f"{SIGLIP}.patch_size", 97, "a 96 pixel image holds no 97 pixel patch"),
-    "uneven key heads": ("vl-siglip", "language_config.num_key_value_heads", 3, "4 heads cannot share 3 key/value heads"),
-    "odd heads": ("vl-siglip", "language_config.head_dim", 15, "heads of 15 values cannot be rotated in pairs"),
-    "more heads than width": ("vl-siglip", "language_config.num_attention_heads", 100, "heads of 0 values cannot be rotated"),
-    "global layer beyond the last": ("vl-hybrid", f"{HIGH}.global_attn_indexes", [1, 4], "global_attn_indexes do not fit 4"),
-    "no global layer": ("vl-hybrid", f"{HIGH}.global_attn_indexes", [], "global_attn_indexes do not fit 4"),
-    "negative layer": ("vl-hybrid", f"{HIGH}.global_attn_indexes", [-1], "global_attn_indexes[0] is -1, expected an integer"),
-    "layers as text": ("vl-hybrid", f"{HIGH}.global_attn_indexes", "1, 3", "global_attn_indexes is '1, 3', expected a list"),
-    "channels missing": ("vl-hybrid", f"{HIGH}.downsample_channels", [32], "downsample_channels is [32], expected a list of 2"),
-    "grey mean": ("vl-hybrid", f"{HIGH}.pixel_mean", [0.5], "pixel_mean is [0.5], expected a list of 3 numbers"),
-    "mean as text": ("vl-hybrid", f"{HIGH}.pixel_mean", ["a", "b", "c"], "pixel_mean[0] is 'a', expected a number"),
-    "std of zero": ("vl-hybrid", f"{HIGH}.pixel_std", [0, 1, 1], "pixel_std[0] is 0, expected a number above 0"),
-}  # fmt: skip
+    "no model type": ("model_type", ABSENT, "model_type is None, expected one of multi_modality"),
+    "unknown model type": ("model_type", "llava", "model_type is 'llava', expected one of multi_modality"),
+    "model type of a wrong type": ("model_type", ["llava"], "model_type is ['llava'], expected one of"),
+    "section of a wrong type": (LLAMA, [1], "language_config: expected an object, found list"),
+    "unknown tower": ("vision_config.cls", "ViT", "cls is 'ViT', only 'CLIPVisionTower' or 'HybridVisionTower'"),
+    "unknown SigLIP": (f"{SIGLIP}.model_name", "vit_h", "model_name is 'vit_h', only 'siglip_large_patch16_384'"),
+    "unknown SAM": (f"{SAM}.model_name", "sam_h", "model_name is 'sam_h', only 'sam_b_downsample'"),
+    "features of another layer": (f"{SIGLIP}.select_layer", -2, "select_layer is -2, only -1 is supported"),
+    "unknown projector": (f"{PROJECTOR}.projector_type", "linear", "projector_type is 'linear', only 'low_high_hybrid"),
+    "projector of the 1.3B": (
+        f"{PROJECTOR}.projector_type",
+        "mlp_gelu",
+        "projector_type is 'mlp_gelu', only 'low_high",
+    ),
+    "deeper projector": (f"{PROJECTOR}.depth", 3, "depth is 3, only 2 is supported"),
+    "stretched rope": (f"{LLAMA}.rope_scaling", {"type": "linear"}, "rope_scaling is {'type': 'linear'}, only None"),
+    "another rope": (f"{LLAMA}.rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn', only 'default'"),
+    "biases": (f"{LLAMA}.attention_bias", True, "attention_bias is True, only False is supported"),
+    "another activation": (f"{LLAMA}.hidden_act", "gelu", "hidden_act is 'gelu', only 'silu' is supported"),
+    "neither true nor false": (
+        f"{LLAMA}.tie_word_embeddings",
+        "yes",
+        "tie_word_embeddings is 'yes', only False or True",
+    ),
+    "negative size": (f"{LLAMA}.vocab_size", -5, "vocab_size is -5, expected an integer above 0"),
+    "no layers": (f"{LLAMA}.num_hidden_layers", 0, "num_hidden_layers is 0, expected an integer above 0"),
+    "size as text": (f"{LLAMA}.hidden_size", "64", "hidden_size is '64', expected an integer above 0"),
+    "size with a fraction": (f"{LLAMA}.hidden_size", 64.0, "hidden_size is 64.0, expected an integer above 0"),
+    "size as a truth": (f"{SIGLIP}.layers", True, "layers is True, expected an integer above 0"),
+    "not a number": (f"{LLAMA}.rope_theta", float("nan"), "rope_theta is nan, expected a number above 0"),
+    "infinite": (f"{SIGLIP}.mlp_ratio", float("inf"), "mlp_ratio is inf, expected a number above 0"),
+    "beyond any number": (f"{LLAMA}.rope_theta", 10**400, "rope_theta is 1000000"),
+    "beyond any memory": (f"{SIGLIP}.width", 2**31 - 8, "sizes too large for any memory"),
+    "beyond any patience": (f"{LLAMA}.num_hidden_layers", 2**30, "1073741824 layers or experts, expected at most"),
+    "uneven vision heads": (f"{SIGLIP}.heads", 5, "vision width 64 is no multiple of 5 heads"),
+    "patch beyond the image": (f"{SIGLIP}.patch_size", 97, "a 96 pixel image holds no 97 pixel patch"),
+    "uneven key heads": (f"{LLAMA}.num_key_value_heads", 3, "4 heads cannot share 3 key/value heads evenly"),
+    "odd heads": (f"{LLAMA}.head_dim", 15, "heads of 15 values cannot be rotated in pairs"),
+    "more heads than width": (f"{LLAMA}.num_attention_heads", 100, "heads of 0 values cannot be rotated in pairs"),
+    "global layer beyond the last": (
+        f"{SAM}.global_attn_indexes",
+        [1, 4],
+        "global_attn_indexes do not fit 4 SAM layers",
+    ),
+    "no global layer": (f"{SAM}.global_attn_indexes", [], "global_attn_indexes do not fit 4 SAM layers"),
+    "negative layer": (f"{SAM}.global_attn_indexes", [-1], "global_attn_indexes[0] is -1, expected an integer of 0 or"),
+    "layers as text": (f"{SAM}.global_attn_indexes", "1, 3", "global_attn_indexes is '1, 3', expected a list of some"),
+    "channels missing": (
+        f"{SAM}.downsample_channels",
+        [32],
+        "downsample_channels is [32], expected a list of 2 numbers",
+    ),
+    "grey mean": (f"{SAM}.pixel_mean", [0.5], "pixel_mean is [0.5], expected a list of 3 numbers"),
+    "mean as text": (f"{SAM}.pixel_mean", ["a", "b", "c"], "pixel_mean[0] is 'a', expected a number of 0.0 or more"),
+    "std of zero": (f"{SAM}.pixel_std", [0, 1, 1], "pixel_std[0] is 0, expected a number above 0"),
+}
 
 
 @needs_shared
-@pytest.mark.parametrize("name, key, value, words", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
-def test_bad_configs(name, key, value, words, tmp_path):
-    folder = copy_checkpoint(name, tmp_path / "model")
+@pytest.mark.parametrize("key, value, words", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_configs(key, value, words, tmp_path):
+    folder = copy_checkpoint("vl-hybrid", tmp_path / "model")
     edit_json(folder / "config.json", {key: value})
     check_refused(folder, "config.json", words)
 
@@ -288,7 +315,7 @@ BAD_FILES = {
     "too deep": ("config.json", "[" * 100_000, "not valid JSON"),
     "a list": ("config.json", "[]", "expected a JSON object, found a list"),
     "generation config broken": ("generation_config.json", "{", "not valid JSON"),
-    "end token as text": ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id is ['</s>'], expected an integer"),
+    "end token as text": ("generation_config.json", '{"eos_token_id": "end"}', "eos_token_id is ['end'], expected"),
     "tokenizer broken": ("tokenizer.json", "{", "not valid JSON"),
 }
 
@@ -511,7 +538,7 @@ def test_private_memory_while_loading(tmp_path):
     assert as_stored.growth < slack
     del model
     with MostPrivateBytes() as converted:
-        model = load_model(folder, dtype=torch.bfloat16)
+        load_model(folder, dtype=torch.bfloat16)
     assert size - slack < converted.growth < size + slack
 
 
@@ -524,14 +551,14 @@ QKV = "vision_model.vision_tower.blocks.0.attn.qkv.weight"  # float16 [192, 64]
 DAMAGED_TENSORS = {
     "one missing": ({NORM: None}, [f"missing tensor {NORM}, expected shape [64]"]),
     "two missing": ({NORM: None, QKV: None}, [f"missing tensor {NORM} and 1 more, expected shape [64]"]),
-    "one extra": ({"language_model.norm": torch.ones(2)}, ["unexpected tensor language_model.norm, the model of config.json"]),
-    "another part": ({"vision_model.vision_tower.head.weight": torch.ones(2)}, ["unexpected tensor vision_model.vision_tower.head"]),
+    "one extra": ({"language_model.norm": torch.ones(2)}, ["unexpected tensor language_model.norm, the model of"]),
+    "almost unused": ({"vision_model.layer_norm.bias": torch.ones(2)}, ["unexpected tensor vision_model.layer_norm"]),
     "longer": ({NORM: torch.ones(65)}, ["model.safetensors", f"{NORM} has shape [65], config.json says [64]"]),
     "transposed": ({QKV: torch.ones(64, 192)}, [f"{QKV} has shape [64, 192], config.json says [192, 64]"]),
     "one dimension more": ({NORM: torch.ones(1, 64)}, [f"{NORM} has shape [1, 64], config.json says [64]"]),
     "empty": ({NORM: torch.ones(0)}, [f"{NORM} has shape [0], config.json says [64]"]),
     "integers": ({NORM: torch.ones(64, dtype=torch.int16)}, [f"{NORM} holds torch.int16, expected one of"]),
-    "eight bits": ({NORM: torch.ones(64).to(torch.float8_e4m3fn)}, [f"{NORM} holds torch.float8_e4m3fn, expected one of"]),
+    "eight bits": ({NORM: torch.ones(64).to(torch.float8_e4m3fn)}, [f"{NORM} holds torch.float8_e4m3fn, expected"]),
     "complex": ({NORM: torch.ones(64, dtype=torch.complex64)}, [f"{NORM} holds torch.complex64, expected one of"]),
 }  # fmt: skip
 
@@ -547,19 +574,19 @@ def test_wrong_tensors(changes, words, tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize(
-    "changes, words",
+    "key, value, words",
     [
-        ({"language_config.num_hidden_layers": 4}, "missing tensor language_model.model.layers.3.input_layernorm.weight and 8 more"),
-        ({"language_config.num_hidden_layers": 2}, "unexpected tensor language_model.model.layers.2.input_layernorm.weight and 8 more"),
-        ({"language_config.vocab_size": 511}, "has shape [512, 64], config.json says [511, 64]"),
-        ({"language_config.num_key_value_heads": 2}, "k_proj.weight has shape [64, 64], config.json says [32, 64]"),
-        ({"vision_config.params.image_size": 100}, "pos_embed has shape [1, 576, 64], config.json says [1, 625, 64]"),
+        (f"{LLAMA}.num_hidden_layers", 4, "missing tensor LAYERS.3.input_layernorm.weight and 8 more, expected shape"),
+        (f"{LLAMA}.num_hidden_layers", 2, "unexpected tensor LAYERS.2.input_layernorm.weight and 8 more, the model of"),
+        (f"{LLAMA}.vocab_size", 511, "has shape [512, 64], config.json says [511, 64]"),
+        (f"{LLAMA}.num_key_value_heads", 2, "k_proj.weight has shape [64, 64], config.json says [32, 64]"),
+        ("vision_config.params.image_size", 100, "pos_embed has shape [1, 576, 64], config.json says [1, 625, 64]"),
     ],
 )
-def test_a_config_of_another_model(changes, words, tmp_path):
+def test_a_config_of_another_model(key, value, words, tmp_path):
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
-    edit_json(folder / "config.json", changes)
-    check_refused(folder, words)
+    edit_json(folder / "config.json", {key: value})
+    check_refused(folder, words.replace("LAYERS", "language_model.model.layers"))
 
 
 @needs_shared
@@ -621,7 +648,7 @@ def test_damaged_safetensors(damage, tmp_path):
 @needs_proc
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_flipped_bits_are_refused_or_harmless(suffix, tmp_path):
-    """200 damaged headers: a ValueError, or a model of the right shapes where the damage lies in values or unused parts."""
+    """200 damaged headers: a ValueError, or a model of the right shapes where the damage lies in unused parts."""
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
     shapes = {name: tensor.shape for name, tensor in load_model(folder).state_dict().items()}
     write_weights(folder, load_file(folder / "model.safetensors"), suffix)
@@ -658,12 +685,12 @@ class RunsACommand:
 BAD_PICKLES = {
     "a list": (lambda tensors: list(tensors.values()), "expected a dict of tensors, found list"),
     "a dict inside": (lambda tensors: {"state_dict": tensors}, "'state_dict' is no ordinary tensor"),
-    "a text": (lambda tensors: tensors | {NORM: "ones"}, f"'{NORM}' is no ordinary tensor"),
+    "a text": (lambda tensors: tensors | {"x": "ones"}, "'x' is no ordinary tensor"),
     "a number as a name": (lambda tensors: tensors | {3: torch.ones(3)}, "3 is no ordinary tensor with a name"),
-    "a sparse tensor": (lambda tensors: tensors | {NORM: torch.ones(64).to_sparse()}, f"'{NORM}' is no ordinary tensor"),
-    "a tensor without data": (lambda tensors: tensors | {NORM: torch.ones(64, device="meta")}, f"'{NORM}' is no ordinary tensor"),
+    "a sparse tensor": (lambda tensors: tensors | {"x": torch.ones(3).to_sparse()}, "'x' is no ordinary tensor"),
+    "no data": (lambda tensors: tensors | {"x": torch.ones(3, device="meta")}, "'x' is no ordinary tensor"),
     "a module": (lambda tensors: torch.nn.Linear(2, 2), "not a pickle of tensors alone"),
-}  # fmt: skip
+}
 
 
 @needs_shared
@@ -680,18 +707,19 @@ def test_nothing_in_a_pickle_is_run(zipped, tmp_path):
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
     tensors, proof = load_file(folder / "model.safetensors"), tmp_path / "proof"
     (folder / "model.safetensors").unlink()
-    torch.save(tensors | {"x": RunsACommand(proof)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    file = folder / "pytorch_model.bin"
+    torch.save(tensors | {"x": RunsACommand(proof)}, file, _use_new_zipfile_serialization=zipped)
     check_refused(folder, "pytorch_model.bin: not a readable weight file (not a pickle of tensors alone)")
     assert not proof.exists()
 
 
 @needs_shared
-@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: b"hello", lambda raw: raw[:1000], lambda raw: raw[:-1000]])
-def test_damaged_pickles(damage, tmp_path):
+@pytest.mark.parametrize("kept", [slice(0), slice(1000), slice(-1000), slice(1000, None)], ids=str)
+def test_truncated_pickles(kept, tmp_path):
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
     write_weights(folder, load_file(folder / "model.safetensors"), "bin")
     file = folder / "pytorch_model.bin"
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(file.read_bytes()[kept])
     check_refused(folder, "pytorch_model.bin: not a readable weight file (")
 
 
@@ -705,12 +733,12 @@ def test_no_weights(tmp_path):
 
 
 # What an index says: (change of its weight_map, words).
-SHARD = "model-00002-of-00002.safetensors"
+INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 BAD_INDEXES = {
     "a missing shard": ({NORM: "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors: no such file"),
-    "a tensor of another shard": ({NORM: SHARD}, f"{SHARD}: lacks tensor {NORM}, which model.safetensors.index.json promises"),
-    "a tensor of no shard": ({"x": SHARD}, f"{SHARD}: lacks tensor x, which model.safetensors.index.json promises"),
-    "a tensor left out": ({NORM: ABSENT}, f"holds tensor {NORM}, which model.safetensors.index.json does not list"),
+    "a tensor of another shard": ({NORM: SHARD}, f"{SHARD}: lacks tensor {NORM}, which {INDEX} promises"),
+    "a tensor of no shard": ({"x": SHARD}, f"{SHARD}: lacks tensor x, which {INDEX} promises"),
+    "a tensor left out": ({NORM: ABSENT}, f"holds tensor {NORM}, which {INDEX} does not list"),
     "a file outside": ({"x": "../x.safetensors"}, "x is said to be in '../x.safetensors', expected a file name"),
     "a file anywhere": ({"x": "/etc/passwd"}, "x is said to be in '/etc/passwd', expected a file name"),
     "the folder above": ({"x": ".."}, "no such file"),
@@ -730,7 +758,7 @@ def sharded(tmp_path) -> Path:
 @needs_shared
 @pytest.mark.parametrize("changes, words", BAD_INDEXES.values(), ids=BAD_INDEXES)
 def test_bad_indexes(changes, words, sharded):
-    index = sharded / "model.safetensors.index.json"
+    index = sharded / INDEX
     weight_map = json.loads(index.read_text())["weight_map"] | changes
     weight_map = {name: file for name, file in weight_map.items() if file is not ABSENT}
     index.write_text(json.dumps({"weight_map": weight_map}))
@@ -748,8 +776,8 @@ def test_bad_indexes(changes, words, sharded):
     ],
 )
 def test_an_index_that_is_none(content, words, sharded):
-    (sharded / "model.safetensors.index.json").write_text(content)
-    check_refused(sharded, "model.safetensors.index.json", words)
+    (sharded / INDEX).write_text(content)
+    check_refused(sharded, INDEX, words)
 
 
 @needs_shared
