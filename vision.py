@@ -241,6 +241,43 @@ def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, 
     return by_row, by_column
 
 
+def attention_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int | None = None
+) -> Tensor:
+    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], a few scores at a time.
+
+    In a global layer of the 7B there are 12 x 4096 x 4096 scores: 800 MB in float32. A query's row of
+    scores needs no other row, so some windows and heads, or some grid rows of one head's queries, are
+    done at a time. A block that fits into the cache of a CPU also makes this faster there than the fused
+    attention, which would want the bias as one large mask, and exact enough to keep scores in float32.
+
+    Args:
+        q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
+        limit: scores at a time, at least a grid row's; by default what suits the device.
+    Returns: (B, H, g * g, d).
+    """
+    if limit is None:
+        limit = 2**20 if q.device.type == "cpu" else 2**27
+    B, H, N, d = q.shape
+    g = by_row.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, values, by_row, by_column = (t.flatten(0, 1) for t in (q, k, v, by_row, by_column))
+    q, k = q.to(wide) * d**-0.5, k.to(wide).transpose(1, 2)
+    heads = max(1, limit // (N * N))  # of all windows or images
+    rows = min(g, max(1, limit // (g * N)))  # of the grid
+    out = torch.empty_like(values)  # (B * H, N, d)
+    for h in range(0, B * H, heads):
+        h = slice(h, h + heads)
+        for r in range(0, g, rows):
+            queries, r = slice(r * g, (r + rows) * g), slice(r, r + rows)
+            scores = q[h, queries] @ k[h]  # (heads, rows * g, N)
+            biased = scores.unflatten(1, (-1, g)).unflatten(3, (g, g))  # (heads, rows, g, g, g)
+            biased += by_row[h, r, :, :, None]
+            biased += by_column[h, r, :, None, :]
+            out[h, queries] = scores.softmax(dim=-1).to(v.dtype) @ values[h]
+    return out.view(B, H, N, d)
+
+
 class SAMAttention(nn.Module):
     """Self-attention over a square grid, with decomposed relative positions."""
 
@@ -259,34 +296,8 @@ class SAMAttention(nn.Module):
         qkv = self.qkv(x).view(B, g * g, 3, self.heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
         by_row, by_column = relative_bias(q.unflatten(2, (g, g)), self.rel_pos_h, self.rel_pos_w)
-        out = attention_in_row_blocks(q, k, v, by_row, by_column)
+        out = attention_in_blocks(q, k, v, by_row, by_column)
         return self.proj(out.transpose(1, 2).reshape(B, g, g, D))
-
-
-def attention_in_row_blocks(
-    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int = 2**24
-) -> Tensor:
-    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], in bounded memory.
-
-    In a global layer of the 7B the bias alone would be (12, 4096, 4096): 400 MB in 16 bits.
-    Query rows do not depend on each other, so a few grid rows of queries at a time see all
-    keys, and at most `limit` values of bias exist at once (or one grid row's, if that is more).
-
-    Args:
-        q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
-    Returns: (B, H, g * g, d).
-    """
-    B, H, N, d = q.shape
-    g = by_row.shape[2]
-    step = max(1, limit // (B * H * g * N))  # grid rows of queries at a time
-    out = []
-    for start in range(0, g, step):
-        rows = slice(start, start + step)
-        bias = by_row[:, :, rows, :, :, None] + by_column[:, :, rows, :, None, :]
-        bias = bias.reshape(B, H, -1, N)  # (B, H, rows * g, N)
-        queries = q[:, :, start * g : (start + step) * g]
-        out.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias))
-    return torch.cat(out, dim=2)
 
 
 class SAMMLP(nn.Module):

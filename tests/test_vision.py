@@ -16,7 +16,7 @@ from PIL import Image
 from vision import (
     PatchEmbed,
     attention,
-    attention_in_row_blocks,
+    attention_in_blocks,
     relative_bias,
     relative_positions,
     window_partition,
@@ -69,24 +69,32 @@ def test_attention_written_out_equals_fused(bias, scale):
     assert_close(weights @ v, out, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 4, 6])  # of the grid that fit into the limit; one is taken at least
-def test_attention_in_row_blocks_equals_attention_with_the_whole_bias(rows, monkeypatch):
+@pytest.mark.parametrize("scores", [0, 1, 100, 36 * 6, 4 * 36 * 6, 36 * 36, 4 * 36 * 36, 10**9])
+def test_attention_in_blocks_equals_attention_with_the_whole_bias(scores, monkeypatch):
+    """Within the limit as long as it lets one of the 6 grid rows of one head through: 6 x 36 scores."""
     B, H, g, d = 2, 3, 6, 4
     q, k, v = torch.randn(3, B, H, g * g, d)
     by_row, by_column = torch.randn(2, B, H, g, g, g)
     bias = by_row[..., :, None] + by_column[..., None, :]
     expected, _ = attention(q, k, v, bias.reshape(B, H, g * g, g * g))
 
-    sizes, fused = [], F.scaled_dot_product_attention
+    sizes, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
+    assert_close(attention_in_blocks(q, k, v, by_row, by_column, scores), expected, 1e-6)
+    assert max(sizes) <= max(scores, g * g * g)
+    assert sum(sizes) == B * H * (g * g) ** 2
 
-    def watched(q, k, v, attn_mask):
-        sizes.append(attn_mask.numel())
-        return fused(q, k, v, attn_mask)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    one_row = B * H * g * g**2
-    assert_close(attention_in_row_blocks(q, k, v, by_row, by_column, limit=rows * one_row), expected, 1e-6)
-    assert max(sizes) == max(rows, 1) * one_row
+def test_gradients_of_attention_in_blocks():
+    with torch.enable_grad():
+        inputs = [torch.randn(shape, requires_grad=True) for shape in [(1, 2, 16, 4)] * 3 + [(1, 2, 4, 4, 4)] * 2]
+        q, k, v, by_row, by_column = inputs
+        bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(1, 2, 16, 16)
+        towards = torch.randn(1, 2, 16, 4)
+        gradients = torch.autograd.grad((attention_in_blocks(*inputs, limit=64) * towards).sum(), inputs)
+        expected = torch.autograd.grad((attention(q, k, v, bias)[0] * towards).sum(), inputs)
+    for ours, theirs in zip(gradients, expected):
+        assert_close(ours, theirs, 1e-5)
 
 
 # ------------------------------------------------------------------------------------ patches
