@@ -647,7 +647,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory, and each tensor is put in place as it is read: converted
-    and moved alone, and where dtype and device are those of the file, not copied at all.
+    and moved alone, and where dtype and device are those of the file, not copied at all: then
+    the file must stay as it is for as long as the model lives.
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
@@ -662,8 +663,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     try:
         with torch.device("meta"):
             model = DeepseekVL(config)
-    except RuntimeError as error:  # without memory, all that can fail is counting the bytes
-        raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory ({error})") from None
+    except (RuntimeError, TypeError) as error:  # without memory, all that can fail is counting the bytes
+        raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory") from error
     expected = expected_tensors(model, layout, set(files))
     if config.language.tie_word_embeddings:
         del expected[head]
