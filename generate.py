@@ -517,9 +517,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     processor = Processor(args.model)
     message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
-    note(f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}")
+    loading = f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}"
     start = time.perf_counter()
-    model = load_model(args.model, dtype=dtype, device=device).pack()
+    model = load_model(args.model, dtype=dtype, device=device, progress=lambda share: note(f"{loading}: {share:.0%}"))
+    model.pack()
     prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
     vocabulary = model.config.language.vocab_size
     if highest_id >= vocabulary:

@@ -643,7 +643,13 @@ def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layou
             )
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DeepseekVL:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory, and each tensor is put in place as it is read: converted
@@ -652,6 +658,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
+        progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
@@ -669,9 +676,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     if config.language.tie_word_embeddings:
         del expected[head]
     check_names(expected, files, layout, folder)
-    for name, tensor in read_parameters(expected, files, dtype, torch.device(device)):
+    count = len({target.parameter for target in expected.values()})
+    for i, (name, tensor) in enumerate(read_parameters(expected, files, dtype, torch.device(device)), start=1):
         module_name, _, parameter_name = name.rpartition(".")
         setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor))
+        if progress is not None:
+            progress(i / count)
     if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
     return model.eval()

@@ -54,6 +54,7 @@ from vision import (
     TileAligner,
     TileConfig,
     attention,
+    random_parameter,
 )
 
 
@@ -353,8 +354,9 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
     """
     B, H, _, d = q.shape
     shared = q.view(B, k.shape[1], H // k.shape[1], d)  # (B, G, H / G, d)
-    bias = None if visible is None else minus_infinity_where_hidden(visible, torch.float32)
-    out, _ = attention(shared.float(), k.float(), v.float(), bias, scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    bias = None if visible is None else minus_infinity_where_hidden(visible, wide)
+    out, _ = attention(shared.to(wide), k.to(wide), v.to(wide), bias, scale)
     return out.to(q.dtype).reshape(B, H, 1, -1)
 
 
@@ -414,7 +416,7 @@ class HeadWeights(nn.Module):
     def __init__(self, rank: int, heads: int, sizes: tuple[int, int]):
         super().__init__()
         self.heads, self.sizes = heads, sizes
-        self.weight = nn.Parameter(torch.randn(heads * sum(sizes), rank) * 0.02)
+        self.weight = random_parameter(heads * sum(sizes), rank)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """W_k (H, nope, R) and W_v (H, v, R)."""
@@ -553,7 +555,7 @@ class Router(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config.experts
-        self.weight = nn.Parameter(torch.randn(self.config.n_routed_experts, config.hidden_size) * 0.02)
+        self.weight = random_parameter(self.config.n_routed_experts, config.hidden_size)
         if self.config.topk_method == "noaux_tc":  # raises the scores of experts that got too few tokens
             self.e_score_correction_bias = nn.Parameter(torch.zeros(self.config.n_routed_experts))
 
@@ -664,7 +666,9 @@ class Decoder(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            random_parameter(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

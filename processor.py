@@ -505,9 +505,9 @@ class ByteLevelBPE(Tokenizer):
             after[left] = after[right]
             if after[right] < n:
                 before[after[right]] = left
-            for left, right in ((before[left], left), (left, after[left])):
-                if left >= 0 and right < n and (rank := self.ranks.get((ids[left], ids[right]))) is not None:
-                    heappush(heap, rank * n + left)
+            for a, b in ((before[left], left), (left, after[left])):  # the new token with either neighbour
+                if a >= 0 and b < n and (rank := self.ranks.get((ids[a], ids[b]))) is not None:
+                    heappush(heap, rank * n + a)
         return [id for id in ids if id >= 0]
 
     def token_bytes(self, id: int) -> bytes:
@@ -535,6 +535,10 @@ def check_layout(spec: dict) -> None:
         if model.get(option):
             raise ValueError(f"model option {option} = {model[option]!r} is not supported")
     for token in spec["added_tokens"]:
+        if type(token["content"]) is not str or type(token["id"]) is not int or not 0 <= token["id"] < 2**31:
+            raise ValueError(
+                f"added token {token['content']!r} has id {token['id']!r}, expected text and a whole number"
+            )
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
             raise ValueError(f"added token {token['content']!r} with single_word, lstrip or rstrip is not supported")
     if normalizer and normalizer.get("normalizers") != []:
@@ -757,15 +761,18 @@ def read_view(settings: dict, size_key: str, default_size: int | None = None, pr
         resample=settings.get(f"{prefix}resample", Image.Resampling.BICUBIC),
         rescale_factor=settings.get("rescale_factor", 1 / 255),
     )
-    number = (int, float)
+
+    def small(value: object) -> bool:  # for a mean, a deviation or a factor of colours
+        return type(value) in (int, float) and 0 <= value <= 1000
+
     expected = {
-        size_key: type(view.side) is int and view.side > 0,
-        f"{prefix}image_mean": len(view.mean) == 3 and all(type(mean) in number for mean in view.mean),
-        f"{prefix}image_std": len(view.std) == 3 and all(type(std) in number and std != 0 for std in view.std),
+        size_key: type(view.side) is int and 0 < view.side <= MAX_IMAGE_SIDE // 4,
+        f"{prefix}image_mean": len(view.mean) == 3 and all(small(mean) and mean <= 1 for mean in view.mean),
+        f"{prefix}image_std": len(view.std) == 3 and all(small(std) and std > 0 for std in view.std),
         "do_normalize": type(view.normalize) is bool,
-        "min_size": type(view.min_size) is int and view.min_size > 0,
+        "min_size": type(view.min_size) is int and type(view.side) is int and 0 < view.min_size <= view.side,
         f"{prefix}resample": view.resample in range(6),
-        "rescale_factor": type(view.rescale_factor) in number,
+        "rescale_factor": small(view.rescale_factor),
     } | {key: settings.get(key, True) is True for key in ("do_resize", "do_rescale", "do_pad")}
     for key, fine in expected.items():
         if not fine:
@@ -827,8 +834,10 @@ class Processor:
         if self.is_vl2:
             self.candidate_resolutions = settings.get("candidate_resolutions") or config["candidate_resolutions"]
             side = self.candidate_resolutions[0][0]
-            if any(length <= 0 or length % side for size in self.candidate_resolutions for length in size):
-                raise ValueError(f"candidate_resolutions: expected multiples of the tile's side, {side}")
+            for size in self.candidate_resolutions:
+                pair = isinstance(size, list) and len(size) == 2 and all(type(length) is int for length in size)
+                if not pair or any(not 0 < length <= MAX_IMAGE_SIDE or length % side for length in size):
+                    raise ValueError(f"candidate_resolutions: {size!r}, expected a width and height in tiles of {side}")
             half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": settings.get("normalize", True)}
             self.view = read_view({**half, **settings, "tile": side}, "tile")
             self.tile_tokens = math.ceil(side // settings["patch_size"] / settings["downsample_ratio"])
@@ -929,12 +938,13 @@ class Processor:
         ids, learnt = torch.tensor(tokens), torch.tensor(flags)
         repeats = torch.ones_like(ids)
         repeats[ids == self.image_token_id] = torch.tensor([n_tokens for _, n_tokens in inputs], dtype=torch.long)
-        ids, learnt = ids.repeat_interleave(repeats), learnt.repeat_interleave(repeats)  # (T,)
-        if len(ids) > self.max_positions:
+        length = int(repeats.sum())
+        if length > self.max_positions:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, over the model's context of {self.max_positions}"
+                f"the prompt has {length} tokens, over the model's context of {self.max_positions}"
                 " (max_position_embeddings)"
             )
+        ids, learnt = ids.repeat_interleave(repeats), learnt.repeat_interleave(repeats)  # (T,)
         is_image = ids == self.image_token_id
         ignored = is_image | ~learnt if self.mask_prompt else is_image
         return ids, is_image, ids.masked_fill(ignored, IGNORED), [tensors for tensors, _ in inputs]

@@ -97,6 +97,11 @@ def attention(
     return weights @ v, weights
 
 
+def random_parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """Where training from nothing starts: uniform values with this standard deviation."""
+    return nn.Parameter(torch.empty(shape).uniform_(-std * 3**0.5, std * 3**0.5))
+
+
 class PatchEmbed(nn.Module):
     """Cut the image into patches and project each: a convolution whose stride is its size."""
 
@@ -168,7 +173,7 @@ class SigLIP(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        self.pos_embed = nn.Parameter(torch.randn(1, config.grid**2, config.width) * 0.02)
+        self.pos_embed = random_parameter(1, config.grid**2, config.width)
         self.blocks = nn.ModuleList(SigLIPBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
@@ -373,7 +378,7 @@ class SAM(nn.Module):
         self.config = config
         self.tokens_per_side = tokens_per_side
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        self.pos_embed = nn.Parameter(torch.randn(1, config.grid, config.grid, config.width) * 0.02)
+        self.pos_embed = random_parameter(1, config.grid, config.grid, config.width)
         self.blocks = nn.ModuleList(
             SAMBlock(config, window=0 if i in config.global_layers else config.window) for i in range(config.layers)
         )
@@ -521,8 +526,8 @@ class TileAligner(nn.Module):
         hidden = language_width * config.mlp_ratio
         self.linear1 = nn.Linear(vision_width * config.downsample_ratio**2, hidden)
         self.linear2 = nn.Linear(hidden, language_width)
-        self.image_newline = nn.Parameter(torch.randn(language_width) * language_width**-0.5)
-        self.view_seperator = nn.Parameter(torch.randn(language_width) * language_width**-0.5)
+        self.image_newline = random_parameter(language_width, std=language_width**-0.5)
+        self.view_seperator = random_parameter(language_width, std=language_width**-0.5)
 
     def project(self, x: Tensor) -> Tensor:
         """Patches of each tile to a smaller grid: (tiles, g * g, C) -> (tiles, s, s, D), s = ceil(g / 2).

@@ -22,7 +22,9 @@ SIDE = math.ceil(TILE // PATCH / FOLD)  # tokens along a tile: 27 patches, padde
 # The list of the released checkpoints' configs: up to nine tiles, any shape of them.
 CANDIDATES = [
     (TILE * wide, TILE * high)
-    for wide, high in sorted(((w, h) for w in range(1, 10) for h in range(1, 10) if w * h <= 9), key=lambda s: s[0] * s[1])
+    for wide, high in sorted(
+        ((w, h) for w in range(1, 10) for h in range(1, 10) if w * h <= 9), key=lambda s: s[0] * s[1]
+    )
 ]
 
 INK, PAPER, GLOBAL, LOCAL, NEWLINE, SEPARATOR = "#222222", "white", "#2f6db5", "#3a9150", "#e08a1e", "#c0285a"

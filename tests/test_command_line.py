@@ -165,9 +165,9 @@ def loaded(monkeypatch) -> list:
     """The dtype and device of each model that a command loads."""
     loaded = []
 
-    def load_and_note(path, *, dtype, device):
+    def load_and_note(path, *, dtype, device, **options):
         loaded.append((dtype, device.type))
-        return load_model(path, dtype=dtype, device=device)
+        return load_model(path, dtype=dtype, device=device, **options)
 
     monkeypatch.setattr(generate, "load_model", load_and_note)
     return loaded
@@ -259,15 +259,18 @@ def test_progress_on_a_terminal(answer):
     text = by_hand(HELLO)
     with terminal() as sent:
         assert answer(ASK) == text
-        steps = sent().split("\r\033[K")  # each takes the place of the last
+        first, *steps = sent().split("\r\033[K")  # each takes the place of the last
         assert answer(f"{ASK} --quiet") == text
         assert sent() == ""
     tokens = golden_model("vl-siglip")[1]([HELLO])["input_ids"].shape[1]
-    assert steps[1] == "loading model as float32 on cpu"
-    assert steps[2].startswith("loaded in ") and steps[2].endswith(f"prefilling {tokens} tokens")
-    assert steps[3] == ""
-    assert steps[4].startswith(f"{tokens} tokens read in ") and steps[4].endswith(" tokens/s\r\n")
-    assert "12 written in " in steps[4]
+    *loading, loaded, cleared, summary = steps
+    assert first == "" and loading[0] == "loading model as float32 on cpu: 1%"
+    shares = [int(step.removeprefix("loading model as float32 on cpu: ").removesuffix("%")) for step in loading]
+    assert shares == sorted(shares) and shares[-1] == 100
+    assert loaded.startswith("loaded in ") and loaded.endswith(f"prefilling {tokens} tokens")
+    assert cleared == ""
+    assert summary.startswith(f"{tokens} tokens read in ") and summary.endswith(" tokens/s\r\n")
+    assert "12 written in " in summary
 
 
 def test_an_error_takes_the_place_of_progress(run):

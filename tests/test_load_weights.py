@@ -378,6 +378,14 @@ def test_a_file_of_mixed_dtypes_takes_the_embedding_s(tmp_path):
 
 
 @needs_shared
+def test_progress_counts_up_to_one():
+    shares = []
+    model = load_model(golden("vl-siglip").folder, progress=shares.append)
+    count = len(model.state_dict())
+    assert shares == [i / count for i in range(1, count + 1)]
+
+
+@needs_shared
 def test_a_dtype_that_is_no_float():
     with pytest.raises(ValueError, match="dtype is torch.int8, expected one of"):
         load_model(golden("vl-siglip").folder, dtype=torch.int8)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, VL2_GOLDENS, VL_GOLDENS, golden, needs_shared
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 
 import processor
 from processor import Processor, load_image
@@ -793,6 +793,10 @@ BAD_FILES = {
     "no patch size": ("vl2-mha", "processor_config.json", {"patch_size": KeyError}, "patch_size"),
     "patches of no size": ("vl2-mha", "processor_config.json", {"patch_size": 0}, "zero"),
     "no number": ("vl-siglip", "config.json", {"language_config": {"max_position_embeddings": []}}, "int"),
+    "tiles without a height": ("vl2-mha", "processor_config.json", {"candidate_resolutions": [[98, 98], [98]]}, "candidate"),
+    "mean beyond white": ("vl-siglip", "preprocessor_config.json", {"image_mean": [0.5, 0.5, 1e40]}, "image_mean"),
+    "sides longer than any picture": ("vl-siglip", "preprocessor_config.json", {"image_size": 10**9}, "image_size"),
+    "a shorter side longer than the longest": ("vl-siglip", "preprocessor_config.json", {"min_size": 97}, "min_size"),
     "uneven tiles": ("vl2-mha", "processor_config.json", {"candidate_resolutions": [[98, 98], [98, 100]]}, "candidate"),
 }  # fmt: skip
 
@@ -805,6 +809,15 @@ def test_a_checkpoint_with_bad_settings(name, file, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         Processor(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_shared
+def test_a_picture_of_more_tokens_than_the_context_takes_no_memory(tmp_path):
+    folder = shutil.copytree(SMALL, tmp_path / "model")
+    edit(folder, "processor_config.json", num_image_tokens=10**12)
+    picture = {"role": "user", "content": "<image>", "images": [Image.new("RGB", (8, 8))]}
+    with pytest.raises(ValueError, match="over the model's context of 4096"):
+        Processor(folder)([picture])
 
 
 @needs_shared
