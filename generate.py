@@ -166,19 +166,24 @@ def decode(
     if attention_mask is not None:
         if bool(attention_mask.all()):
             attention_mask = None  # nothing is padding: the fast path
+        elif not attention_mask[:, -1].all():
+            raise ValueError("attention_mask ends in padding, expected the padding on the left")
         else:
             attention_mask = torch.nn.functional.pad(attention_mask.to(model.device), (0, capacity - T), value=1)
 
     generator = None
     if temperature > 0:
         generator = torch.Generator(model.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
 
     seen = None
     if repetition_penalty != 1:
-        real = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask[:, :T] == 0, -1)
-        seen = torch.zeros(B, model.config.language.vocab_size + 1, dtype=torch.bool, device=model.device)
-        seen = seen.scatter(1, real + 1, True)[:, 1:]  # padding is token -1 here, and cut off
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, :T].to(input_ids.dtype)
+        counts = torch.zeros(B, model.config.language.vocab_size, dtype=input_ids.dtype, device=model.device)
+        seen = counts.scatter_add(1, input_ids.long(), real) > 0  # padding adds nothing
 
     logits = prefill(model, batch, cache, attention_mask, chunk_size)
     for step in range(steps):
@@ -198,7 +203,8 @@ def decode(
 def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> list[list[int]]:
     """The new ids of each row, its end token included where it was produced.
 
-    A row ends with an end token, after `max_new_tokens`, or where the model's context is full.
+    A row ends with an end token or after `max_new_tokens`; all rows end where the longest one, padding
+    included, fills the model's context.
 
     Args:
         batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels.
@@ -272,10 +278,10 @@ class Box(NamedTuple):
 
 
 def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
-    """The boxes in an answer, whatever shape it is in.
+    """The boxes in an answer, tolerating malformed ones.
 
-    Inside <|det|>, every innermost bracket of exactly four numbers is a box; one that is never closed
-    counts too. Corners may be swapped, and what reaches beyond the image is cut at its edge. Anything
+    Inside <|det|>, every innermost bracket of exactly four numbers is a box, if it is closed: where an
+    answer was cut off, so may its last number be. Corners may be swapped, and what reaches beyond the image is cut at its edge. Anything
     else is passed over: other counts, other text, boxes without an area. Nothing is evaluated.
 
     Args:
@@ -292,7 +298,7 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
         elif tag == "<|ref|>":
             label = part.strip()
         elif tag == "<|det|>":
-            for bracket in re.findall(r"\[([^\[\]]*)", part):
+            for bracket in re.findall(r"\[([^\[\]]*)\]", part):
                 box = to_pixels(bracket, width, height)
                 if box is not None:
                     boxes.append(Box(label, *box))

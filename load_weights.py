@@ -196,8 +196,6 @@ def llama(config: Section) -> LanguageConfig:
     heads = config.get("num_attention_heads", 32)
     hidden_size = config.get("hidden_size", 4096)
     kv_heads = config.get("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ValueError(f"{config.name}: {heads} heads cannot share {kv_heads} key/value heads evenly")
     return LanguageConfig(
         vocab_size=config.get("vocab_size", 32000),
         hidden_size=hidden_size,
@@ -301,7 +299,9 @@ def yarn(config: Section) -> YarnConfig | None:
     if config.values.get("rope_scaling") is None:
         return None
     scaling = config.section("rope_scaling")
-    scaling.expect("type", "yarn")
+    kind = scaling.values.get("type", scaling.values.get("rope_type"))
+    if kind != "yarn":
+        raise ValueError(f"{scaling.name}: type is {kind!r}, only 'yarn' is supported")
     return YarnConfig(
         factor=scaling.get("factor", 1.0),
         original_max_position_embeddings=scaling.get("original_max_position_embeddings", 4096),
@@ -370,6 +370,9 @@ def check_sizes(config: ModelConfig, file: Path) -> None:
     for blocks in (language.num_hidden_layers * experts, *(tower.layers for tower in towers)):
         if blocks > MAX_BLOCKS:
             raise ValueError(f"{file}: {blocks} layers or experts, expected at most {MAX_BLOCKS}")
+    heads, kv_heads = language.num_attention_heads, language.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"{file}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
     if language.rope_dim < 2 or language.rope_dim % 2:
         raise ValueError(f"{file}: heads of {language.rope_dim} values cannot be rotated in pairs")
     for tower in towers:
@@ -424,6 +427,17 @@ OFFICIAL_NAMES = [
 
 _SAM = "model.high_res_vision_model.vision_encoder"
 _NECK = [("conv1.*", "0.*"), ("layer_norm1.*", "1.*"), ("conv2.*", "2.*"), ("layer_norm2.*", "3.*")]
+_SIGLIP = "model.vision_model"  # files written in 2025 have ".vision_model" once more; `expected_tensors` knows both
+_PARTS = [
+    ("embeddings.patch_embedding.*", "patch_embed.proj.*"),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("encoder.layers.*.layer_norm1.*", "blocks.*.norm1.*"),
+    ("encoder.layers.*.self_attn.{q,k,v}_proj.*", "blocks.*.attn.qkv.*"),
+    ("encoder.layers.*.self_attn.out_proj.*", "blocks.*.attn.proj.*"),
+    ("encoder.layers.*.layer_norm2.*", "blocks.*.norm2.*"),
+    ("encoder.layers.*.mlp.*", "blocks.*.mlp.*"),
+    ("post_layernorm.*", "norm.*"),
+]
 
 TRANSFORMERS_NAMES = [
     ("model.high_res_vision_alpha", "vision.high.hd_alpha_downsamples"),
@@ -436,23 +450,13 @@ TRANSFORMERS_NAMES = [
     (f"{_SAM}.layers.*.layer_norm1.*", "vision.high.blocks.*.norm1.*"),
     (f"{_SAM}.layers.*.layer_norm2.*", "vision.high.blocks.*.norm2.*"),
     (f"{_SAM}.layers.*", "vision.high.blocks.*"),
-    ("model.vision_model.embeddings.patch_embedding.*", "vision.patch_embed.proj.*"),
-    ("model.vision_model.embeddings.position_embedding.weight", "vision.pos_embed"),
-    ("model.vision_model.encoder.layers.*.layer_norm1.*", "vision.blocks.*.norm1.*"),
-    ("model.vision_model.encoder.layers.*.self_attn.{q,k,v}_proj.*", "vision.blocks.*.attn.qkv.*"),
-    ("model.vision_model.encoder.layers.*.self_attn.out_proj.*", "vision.blocks.*.attn.proj.*"),
-    ("model.vision_model.encoder.layers.*.layer_norm2.*", "vision.blocks.*.norm2.*"),
-    ("model.vision_model.encoder.layers.*.mlp.*", "vision.blocks.*.mlp.*"),
-    ("model.vision_model.post_layernorm.*", "vision.norm.*"),
+    *((f"{_SIGLIP}.{theirs}", f"{tower}.{ours}") for tower in ("vision.low", "vision") for theirs, ours in _PARTS),
     ("model.aligner.high_res_vision_proj.*", "aligner.high_proj.*"),
     ("model.aligner.vision_proj.*", "aligner.low_proj.*"),
     ("model.aligner.*", "aligner.*"),
     ("model.language_model.*", "language.*"),
     ("lm_head.weight", "lm_head.weight"),
 ]
-# In a hybrid the same SigLIP rows feed `vision.low.*`; files written in 2025 have one
-# "vision_model" more in SigLIP's names. `expected_tensors` knows both.
-
 
 VL2_NAMES = [
     ("image_newline", "aligner.image_newline"),
@@ -523,10 +527,7 @@ def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict
     double = any(name.startswith("model.vision_model.vision_model.") for name in found)
     expected = {}
     for name, parameter in model.state_dict().items():
-        siglip_name = name
-        if layout is TRANSFORMERS and name.startswith("vision.low."):
-            siglip_name = name.replace("vision.low.", "vision.", 1)
-        theirs = checkpoint_names(siglip_name, layout.names)
+        theirs = checkpoint_names(name, layout.names)
         shape = tuple(parameter.shape)
         if layout is TRANSFORMERS and name.endswith("pos_embed") and len(shape) == 3:
             shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) in transformers' files
@@ -622,7 +623,7 @@ def open_shards(index: Path) -> dict[str, WeightFile]:
 
 
 def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layout: Layout, folder: Path) -> None:
-    """Raise ValueError that names the first tensor that is missing, misshapen, or nobody's."""
+    """Raise ValueError that names the first tensor that is missing, misshapen, or unexpected."""
 
     def listed(names: list[str]) -> str:
         return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
@@ -653,8 +654,9 @@ def load_model(
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory, and each tensor is put in place as it is read: converted
-    and moved alone, and where dtype and device are those of the file, not copied at all: then
-    the file must stay as it is for as long as the model lives.
+    and moved alone, and where dtype and device are those of the file, not copied at all (but for
+    transformers' q, k and v, which are stacked): then the file must stay as it is for as long as
+    the model lives.
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
@@ -697,6 +699,8 @@ def read_parameters(
     if dtype is None:
         embedding = sources["language.embed_tokens.weight"][0]
         dtype = files[embedding].read(embedding).dtype
+        if dtype not in FLOATS:
+            raise ValueError(f"{files[embedding].path}: tensor {embedding} holds {dtype}, expected one of {FLOATS}")
     elif dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     for parameter, names in sources.items():

@@ -78,7 +78,7 @@ class ExpertsConfig:
     num_experts_per_tok: int = 6
     moe_intermediate_size: int = 1408
     first_k_dense_replace: int = 1  # so many layers at the start have a plain SwiGLU
-    moe_layer_freq: int = 1  # after those, layers whose number this divides have experts
+    moe_layer_freq: int = 1  # after those, every so many-th layer, counted from 0, has experts
     topk_method: str = "greedy"  # or "group_limited_greedy", or "noaux_tc"
     scoring_func: str = "softmax"  # or "sigmoid"
     n_group: int = 1
@@ -299,9 +299,11 @@ class KVCache:
 
         `length` moves only in `advance`, once all layers have written.
 
-        Raises: ValueError where the tokens do not fit.
+        Raises: ValueError where the tokens do not fit, or are of another number of rows.
         """
-        end = self.length + new[0].shape[2]
+        end, rows = self.length + new[0].shape[2], len(self.layers[layer][0])
+        if len(new[0]) != rows:
+            raise ValueError(f"the cache holds {rows} conversations, {len(new[0])} were fed")
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} were fed")
         for stored, tensor in zip(self.layers[layer], new):
@@ -582,8 +584,8 @@ class Router(nn.Module):
     def within_best_groups(self, preference: Tensor) -> Tensor:
         """Experts stand in groups, one for each device of a cluster; outside the best groups they get 0.
 
-        A group is as good as its best expert, or under noaux_tc as its best two together. It is 0 and
-        not minus infinity, as in the original, though a score plus its bias may be less than that.
+        A group is as good as its best expert, or under noaux_tc as its best two together. The others'
+        scores become 0, not minus infinity, as in the original, though a score plus its bias may be less.
         """
         c = self.config
         grouped = preference.unflatten(-1, (c.n_group, -1))  # (tokens, groups, E / groups)
@@ -613,7 +615,7 @@ class MixtureOfExperts(nn.Module):
         """(B, T, D) -> (B, T, D).
 
         Tokens are sorted by expert, so each expert that anyone chose runs once, over all its tokens, and
-        the others are not touched: a decode step reads the weights of k experts alone.
+        the others are not touched: a decode step of one conversation reads k of them, and the shared ones.
         """
         tokens = x.flatten(0, 1)
         experts, weights = self.gate(tokens)  # (tokens, k) both
@@ -815,7 +817,7 @@ class DeepseekVL(nn.Module):
         Raises: ValueError where places and features differ in number.
         """
         embeddings = self.language.embed_tokens(input_ids.to(self.device))
-        if pixel_values is None:
+        if pixel_values is None or len(pixel_values) == 0:
             if images_seq_mask is not None and images_seq_mask.any():
                 raise ValueError(f"no pixel_values for {int(images_seq_mask.sum())} image tokens in input_ids")
             return embeddings
@@ -861,7 +863,7 @@ class DeepseekVL(nn.Module):
             position_ids: (B, T); by default counted from each row's first real token.
             labels: (B, T), what each token should have been predicted as by the one before
                 it; -100 is ignored.
-            logits_to_keep: logits for the last so many tokens alone; 0 for all.
+            logits_to_keep: compute logits only for that many tokens at the end; 0 for all.
         Raises: ValueError for both or neither of input_ids and inputs_embeds, for a mask of
             another length than the tokens, and for labels without all logits.
         """
@@ -873,6 +875,7 @@ class DeepseekVL(nn.Module):
             inputs_embeds = self.embed(
                 input_ids, images_seq_mask, pixel_values, high_res_pixel_values, images_spatial_crop
             )
+        inputs_embeds = inputs_embeds.to(self.device)
         T = inputs_embeds.shape[1]
         past = cache.length if cache is not None else 0
         S = past + T
@@ -886,6 +889,7 @@ class DeepseekVL(nn.Module):
             else:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
         visible = visible_keys(T, S, attention_mask, self.device)
+        position_ids = position_ids.to(self.device)
         x, hidden_states, attentions = self.language(
             inputs_embeds, position_ids, visible, cache, output_hidden_states, output_attentions
         )

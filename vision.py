@@ -574,7 +574,7 @@ class TileAligner(nn.Module):
         Returns: one (tokens, D) tensor for each image.
         Raises: ValueError where the tiles are not as many as spatial_crop says.
         """
-        # The original stands a row of zeros for a conversation without images.
+        # The original's processor gives a row of zeros for a conversation without images.
         crops = [(wide, high) for wide, high in spatial_crop.tolist() if wide and high]
         counts = [1 + wide * high for wide, high in crops]
         if sum(counts) != len(x):

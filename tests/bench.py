@@ -245,7 +245,7 @@ def private_megabytes() -> float:
 
 
 class PeakMemory:
-    """The most private memory, in MB, that the process had inside the block."""
+    """The most private memory, in MiB, that the process had inside the block."""
 
     def __enter__(self):
         self.peak, self.running = 0.0, True
@@ -342,7 +342,9 @@ def load() -> None:
         ours, theirs = Path(temporary) / "official", Path(temporary) / "transformers"
         write_checkpoint(ours, OFFICIAL, official)
         write_checkpoint(theirs, TRANSFORMERS, transformers_config().to_dict())
-        print(f"{'':28}{'seconds':>9}{'model MB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MB)")
+        print(
+            f"{'':28}{'seconds':>9}{'model MiB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MiB)"
+        )
         for dtype in ("bfloat16", "float16"):
             for who, folder in (("ours", ours), ("transformers", theirs)):
                 runs = [measure_in_child(who, folder, dtype) for _ in range(3)]
@@ -419,7 +421,7 @@ def vl2() -> None:
 
     print(
         "prefill of 4096 tokens: private memory above the weights at its peak, of which the cache is "
-        f"{sum(t.nbytes for layer in model.new_cache(1, 4096).layers for t in layer) / 2**20:.0f} MB"
+        f"{sum(t.nbytes for layer in model.new_cache(1, 4096).layers for t in layer) / 2**20:.0f} MiB"
     )
     embeddings = torch.randn(1, 4096, D).to(torch.bfloat16)
     trim()
@@ -432,7 +434,7 @@ def vl2() -> None:
             for piece in embeddings.split(chunk, dim=1):
                 model(inputs_embeds=piece, cache=fresh, logits_to_keep=1)
             taken = time.perf_counter() - start
-        print(f"  chunk {chunk:5}: peak {memory.peak - weights_only:6.0f} MB, {taken:6.1f} s")
+        print(f"  chunk {chunk:5}: peak {memory.peak - weights_only:6.0f} MiB, {taken:6.1f} s")
         del fresh
 
 

@@ -293,6 +293,12 @@ def test_a_prompt_without_tokens(small_pair):
         generate(small_pair("siglip").ours, {"input_ids": torch.ones(1, 0).long()})
 
 
+def test_padding_on_the_right(small_pair):
+    batch = {"input_ids": torch.tensor([[11, 12, 13, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    with pytest.raises(ValueError, match="expected the padding on the left"):
+        generate(small_pair("siglip").ours, batch)
+
+
 def test_labels_in_a_batch_do_not_matter(small_pair):
     model, batch = small_pair("siglip").ours, random_batch("siglip")
     assert generate(model, batch | {"labels": batch["input_ids"]}, 4) == generate(model, batch, 4)

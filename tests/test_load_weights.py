@@ -256,7 +256,7 @@ BAD_CONFIGS = {
     "beyond any patience": (f"{LLAMA}.num_hidden_layers", 2**30, "1073741824 layers or experts, expected at most"),
     "uneven vision heads": (f"{SIGLIP}.heads", 5, "vision width 64 is no multiple of 5 heads"),
     "patch beyond the image": (f"{SIGLIP}.patch_size", 97, "a 96 pixel image holds no 97 pixel patch"),
-    "uneven key heads": (f"{LLAMA}.num_key_value_heads", 3, "4 heads cannot share 3 key/value heads evenly"),
+    "uneven key heads": (f"{LLAMA}.num_key_value_heads", 3, "4 attention heads cannot share 3 key/value heads evenly"),
     "odd heads": (f"{LLAMA}.head_dim", 15, "heads of 15 values cannot be rotated in pairs"),
     "more heads than width": (f"{LLAMA}.num_attention_heads", 100, "heads of 0 values cannot be rotated in pairs"),
     "layer beyond the last": (f"{SAM}.global_attn_indexes", [1, 4], "global_attn_indexes do not fit 4 SAM layers"),

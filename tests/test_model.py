@@ -376,6 +376,17 @@ def test_a_hybrid_needs_the_high_resolution_picture(small_pair):
         small_pair("hybrid").ours.encode_images({"pixel_values": PICTURE})
 
 
+def test_a_cache_for_another_number_of_rows(small_pair):
+    model = small_pair("siglip").ours
+    with pytest.raises(ValueError, match="holds 2 conversations, 1 were fed"):
+        model(input_ids=IDS, cache=model.new_cache(2, 10))
+
+
+def test_no_pictures_are_as_none(small_pair):
+    model = small_pair("siglip").ours
+    assert torch.equal(model(input_ids=IDS, pixel_values=PICTURE[:0]).logits, model(input_ids=IDS).logits)
+
+
 def test_mask_must_cover_the_cached_tokens_too(small_pair):
     model, ids = small_pair("siglip").ours, torch.ones(1, 5).long()
     cache = model.new_cache(1, 10)
