@@ -78,7 +78,7 @@ class ExpertsConfig:
     num_experts_per_tok: int = 6
     moe_intermediate_size: int = 1408
     first_k_dense_replace: int = 1  # so many layers at the start have a plain SwiGLU
-    moe_layer_freq: int = 1  # after those, every so many-th layer, counted from 0, has experts
+    moe_layer_freq: int = 1  # after those, the layers whose index is a multiple of this have experts
     topk_method: str = "greedy"  # or "group_limited_greedy", or "noaux_tc"
     scoring_func: str = "softmax"  # or "sigmoid"
     n_group: int = 1

@@ -11,7 +11,7 @@ Read top to bottom, each part is met just before it is used:
     7B    (B, 3, 1024, 1024) -> SAM (B, 576, 1024) and SigLIP (B, 576, 1024)
                              -> HybridAligner (B, 576, 4096)
     VL2   (tiles, 3, 384, 384) -> SigLIP (tiles, 729, 1152)
-                             -> TileAligner: 196 tokens a tile, laid out in rows, an image after the other
+                             -> TileAligner: 196 tokens a tile, laid out in rows, one image after another
 
 Shape letters:
 

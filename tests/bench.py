@@ -2,6 +2,7 @@
 
     python tests/bench.py            everything
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
+    python tests/bench.py sam        the 7B's high-resolution branch
     python tests/bench.py load       loading a float16 file: seconds, and private memory at its peak
     python tests/bench.py vl2        DeepSeek-VL2 tiny, beside what the machine allows; prefill by chunks
 
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,8 +32,16 @@ sys.path.insert(0, str(ROOT))
 
 from generate import generate  # noqa: E402
 from load_weights import OFFICIAL, TRANSFORMERS, Layout, expected_tensors, load_model  # noqa: E402
-from model import DeepseekVL, ExpertsConfig, LanguageConfig, ModelConfig, PackedLinear  # noqa: E402
-from vision import SigLIPConfig, TileConfig  # noqa: E402
+from model import (  # noqa: E402
+    DeepseekVL,
+    ExpertsConfig,
+    LanguageConfig,
+    MixtureOfExperts,
+    ModelConfig,
+    PackedLinear,
+    pack_linears,
+)
+from vision import SAM, SAMConfig, SigLIPConfig, TileConfig  # noqa: E402
 
 CONFIG = ModelConfig(
     vision=SigLIPConfig(),
@@ -43,7 +53,7 @@ CONFIG = ModelConfig(
 PROMPT, IMAGE_TOKENS, NEW_TOKENS = 640, 576, 32
 
 
-def seconds(functions: dict[str, callable], turns: int) -> dict[str, float]:
+def seconds(functions: dict[str, Callable], turns: int) -> dict[str, float]:
     """Median seconds of each function; they take turns, so that a slow minute hits all alike."""
     times = {name: [] for name in functions}
     for turn in range(turns + 1):
@@ -233,6 +243,32 @@ def compute() -> None:
             )
 
 
+@torch.inference_mode()
+def sam() -> None:
+    """SAM-B at 1024 pixels with the second neck and the downsampling, as the 7B runs it."""
+    from transformers import DeepseekVLHybridConfig, DeepseekVLHybridModel
+
+    config = transformers_config().to_dict()
+    config["text_config"] |= {"num_hidden_layers": 1, "vocab_size": 8}  # the language model does not run
+    config["high_res_vision_config"] = {"model_type": "sam_vision_model"}
+    with torch.device("meta"):
+        ours = SAM(SAMConfig(), tokens_per_side=24).to(torch.bfloat16)
+    ours = fill(ours.to_empty(device="cpu"))
+    pack_linears(ours)
+    torch.set_default_dtype(torch.bfloat16)
+    theirs = fill(
+        DeepseekVLHybridModel(DeepseekVLHybridConfig.from_dict(config | {"model_type": "deepseek_vl_hybrid"}))
+    )
+    torch.set_default_dtype(torch.float32)
+    pixels = torch.randn(1, 3, 1024, 1024).to(torch.bfloat16)
+    runs = {"ours": lambda: ours(pixels), "theirs": lambda: theirs.get_high_res_image_features(pixels)}
+    times = seconds(runs, turns=5)
+    print(
+        f"SAM branch: ours {times['ours']:.2f} s, theirs {times['theirs']:.2f} s, "
+        f"ratio {times['theirs'] / times['ours']:.2f}"
+    )
+
+
 # ---------------------------------------------------------------------------- loading and memory
 
 
@@ -358,6 +394,17 @@ def load() -> None:
 # ---------------------------------------------------------------------------- DeepSeek-VL2 tiny
 
 
+def experts_used(model: DeepseekVL, run: Callable[[], None]) -> list[int]:
+    """How many routed experts of each layer take part in a run."""
+    used = []
+    gates = [layer.mlp.gate for layer in model.language.layers if isinstance(layer.mlp, MixtureOfExperts)]
+    hooks = [gate.register_forward_hook(lambda _, __, out: used.append(len(out[0].unique()))) for gate in gates]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return used
+
+
 @torch.inference_mode()
 def vl2() -> None:
     """DeepSeek-VL2 tiny at full size: two tiles, a prompt of 471 tokens, 32 new tokens; and prefill by chunks."""
@@ -399,6 +446,10 @@ def vl2() -> None:
         for step in range(NEW_TOKENS):
             model(inputs_embeds=embeddings[:, step : step + 1], cache=cache)
 
+    print(
+        f"experts used by some token of the prompt: {min(experts_used(model, prefill))} of "
+        f"{config.language.experts.n_routed_experts} in the layer that uses fewest"
+    )
     times = seconds({"vision": lambda: model.vision(pixels), "prefill": prefill, "decode": decode}, turns=5)
     c, e = config.language, config.language.experts
     D, v = c.hidden_size, config.vision
@@ -445,7 +496,7 @@ def trim() -> None:
 
 
 if __name__ == "__main__":
-    sections = {"compute": compute, "load": load, "vl2": vl2}
+    sections = {"compute": compute, "sam": sam, "load": load, "vl2": vl2}
     if sys.argv[1:2] == ["child"]:
         child(*sys.argv[2:])
     else:
