@@ -83,7 +83,7 @@ def attention(
 
     The models call `scaled_dot_product_attention` for the same result, because it never holds all
     the weights at once; the tests check that the two agree. This form serves where the weights are
-    wanted, and where it is the faster one.
+    wanted.
 
     Args:
         q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
