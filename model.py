@@ -38,6 +38,7 @@ DeepSeek-V3 (2412.19437) for sigmoid routing, YaRN (2309.00071).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -373,6 +374,8 @@ def minus_infinity_where_hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with RoPE and grouped key/value heads."""
 
+    same_input = ("q_proj", "k_proj", "v_proj")  # see `products`
+
     def __init__(self, config: LanguageConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -398,9 +401,9 @@ class Attention(nn.Module):
             x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2); visible: see `visible_keys`.
         Returns: (B, T, D), and the weights (B, H, T, S) if wanted.
         """
-        q = self._split(self.q_proj(x), self.heads)  # (B, H, T, d)
-        k = self._split(self.k_proj(x), self.kv_heads)  # (B, G, T, d)
-        v = self._split(self.v_proj(x), self.kv_heads)
+        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self._split(q, self.heads)  # (B, H, T, d)
+        k, v = self._split(k, self.kv_heads), self._split(v, self.kv_heads)  # (B, G, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, d)
@@ -540,6 +543,8 @@ class LatentAttention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): the gate decides how much of each hidden value passes."""
 
+    same_input = ("gate_proj", "up_proj")  # see `products`
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -548,7 +553,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(nn.Module):
@@ -908,18 +914,25 @@ class DeepseekVL(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 nn.Linear whose weight lies in memory in the order in which the CPU's matmul reads it.
+    """Bfloat16 linear layers of one input as one, whose weight lies in the order in which the CPU's matmul reads it.
 
     oneDNN's kernels want the weight cut into blocks. Given a plain matrix they cut it anew at every
     call, which at one token a step costs as much as the multiplication. So it is done once here, with
     the operators that torch's own compiler uses. The arithmetic is that of nn.Linear; what is lost is
     the plain weight, so pack a model that is to answer, not to learn or to be saved.
+
+    Layers of one input, as queries, keys and values are, become one with all their outputs side by side:
+    a decode step is hundreds of products so short that starting each counts.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque
-        self.bias = linear.bias
+        weights, biases = [linear.weight.detach() for linear in linears], [linear.bias for linear in linears]
+        self.sizes = [len(weight) for weight in weights]
+        if len(linears) > 1:
+            weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weights[0])  # opaque
+        self.bias = biases[0]
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -931,17 +944,35 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both bfloat16."""
-        if x.shape[:-1].numel() == 1:  # one row is slower than four: it does not use the blocks
-            four = x.reshape(1, -1).expand(4, -1).contiguous()
-            return self.multiply(four)[:1].view(*x.shape[:-1], -1)
+        if x.shape[:-1].numel() == 1:
+            return self.multiply(self.four_rows(x))[:1].view(*x.shape[:-1], -1)
         return self.multiply(x)
+
+    @staticmethod
+    def four_rows(x: Tensor) -> Tensor:
+        """One row, four times: alone it would take longer, because oneDNN does not use the blocks for it."""
+        return x.reshape(1, -1).expand(4, -1).contiguous()
 
     def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def products(x: Tensor, *linears: nn.Module | None) -> Sequence[Tensor]:
+    """x through each of several layers; packed, the first is all of them, and the others are None."""
+    if isinstance(linears[0], PackedLinear):
+        return linears[0](x).split(linears[0].sizes, dim=-1)
+    return [linear(x) for linear in linears]
+
+
 def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` that can be packed, one at a time."""
+    """Replace every linear layer inside `module` that can be packed, and free it; those of the `same_input` by one."""
+    names = getattr(module, "same_input", ())
+    linears = [getattr(module, name) for name in names]
+    if linears and all(PackedLinear.suits(linear) for linear in linears):
+        for name in names:
+            setattr(module, name, None)
+        setattr(module, names[0], PackedLinear(*linears))
+    del linears
     for name, child in module.named_children():
         if PackedLinear.suits(child):
             setattr(module, name, PackedLinear(child))

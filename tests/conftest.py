@@ -172,3 +172,10 @@ def assert_close(tested: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert tested.shape == expected.shape
     error = relative_error(tested, expected)
     assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e} is right"
+
+
+def skip_unless_packable(linear: torch.nn.Linear) -> None:
+    from model import PackedLinear
+
+    if not PackedLinear.suits(linear):
+        pytest.skip("this machine's CPU has no packed bfloat16 kernels")

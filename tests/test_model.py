@@ -7,6 +7,7 @@ read by `load_model`, so every comparison here also tests the loader.
 import itertools
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from conftest import (
     random_batch,
     random_transformers_model,
     relative_error,
+    skip_unless_packable,
 )
 from torch import nn
 
@@ -39,7 +41,9 @@ from model import (
     SwiGLU,
     causal_attention,
     one_token_attention,
+    pack_linears,
     positions_from_mask,
+    products,
     rope_angles,
     rotate,
     visible_keys,
@@ -573,11 +577,6 @@ def test_cache_that_is_full_refuses(small_pair):
 # ------------------------------------------------------------------------------------ packed weights
 
 
-def skip_unless_packable(linear: nn.Linear) -> None:
-    if not PackedLinear.suits(linear):
-        pytest.skip("this machine's CPU has no packed bfloat16 kernels")
-
-
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (2, 48), (3, 5, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_linear_equals_linear(shape, bias):
@@ -587,6 +586,36 @@ def test_packed_linear_equals_linear(shape, bias):
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     assert_close(linear(x), exact, 2**-8)
     assert_close(PackedLinear(linear)(x), exact, 2**-8)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (2, 1, 48), (3, 5, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_packed_together_equal_each_alone(shape, bias):
+    """As queries, keys and values: of several heads, and of fewer."""
+    linears, x = [nn.Linear(48, size, bias).bfloat16() for size in (80, 16, 16)], torch.randn(shape).bfloat16()
+    skip_unless_packable(linears[0])
+    together = products(x, PackedLinear(*linears), None, None)
+    for tested, linear, plain in zip(together, linears, products(x, *linears), strict=True):
+        assert_close(tested, PackedLinear(linear)(x), 2**-9)
+        assert_close(tested, plain, 2**-8)
+
+
+def test_packing_frees_each_weight_before_the_next():
+    """At most the plain weights of one layer are held beside the packed ones."""
+    layers = nn.ModuleList(SwiGLU(48, 80).bfloat16() for _ in range(3))
+    skip_unless_packable(layers[0].up_proj)
+    plain = [weakref.ref(parameter) for parameter in layers.parameters()]
+    held = []
+    pack = PackedLinear.__init__
+
+    def counting(self, *linears):
+        held.append(sum(parameter() is not None for parameter in plain))
+        pack(self, *linears)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedLinear, "__init__", counting)
+        pack_linears(layers)
+    assert held == [9, 7, 6, 4, 3, 1] and not any(parameter() is not None for parameter in plain)
 
 
 @both_kinds
