@@ -623,25 +623,44 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
-        Tokens are sorted by expert, so each expert that anyone chose runs once, over all its tokens, and
-        the others are not touched: a decode step of one conversation reads k of them, and the shared ones.
+        Experts that nobody chose are not touched: a decode step of one conversation reads k of them.
         """
         tokens = x.flatten(0, 1)
         experts, weights = self.gate(tokens)  # (tokens, k) both
+        mix = self.mix_for_one_token if len(tokens) == 1 else self.mix
+        routed = mix(tokens, experts, weights).to(x.dtype).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def mix(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Sort by expert, so each runs once, over all its tokens; add its results to their sums.
+
+        Args:
+            tokens: (tokens, D); experts, weights: (tokens, k).
+        Returns: (tokens, D), in float32 or wider.
+        """
         k = experts.shape[-1]
         order = experts.flatten().argsort(stable=True)  # pairs of token and expert, by expert
         rows = order // k  # (tokens * k,): which token each pair is of
         weights = weights.flatten()[order, None]  # (tokens * k, 1)
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()  # pairs of each expert
-        out = torch.zeros(tokens.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        out = torch.zeros(tokens.shape, dtype=wide, device=tokens.device)
         start = 0
         for expert, count in zip(self.experts, counts):
             if count:
                 mine = slice(start, start + count)
                 out.index_add_(0, rows[mine], expert(tokens[rows[mine]]) * weights[mine])
                 start += count
-        routed = out.to(x.dtype).view_as(x)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        return out
+
+    def mix_for_one_token(self, token: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """`mix` where there is nothing to sort: the small operations around the experts take time, too."""
+        packed = isinstance(self.experts[0].down_proj, PackedLinear)
+        rows = PackedLinear.four_rows(token) if packed else token
+        results = torch.cat([self.experts[expert](rows) for expert in experts[0].tolist()])
+        results = results[:: len(rows)]  # (k, D)
+        wide = torch.promote_types(token.dtype, torch.float32)
+        return weights.to(wide) @ results.to(wide)
 
 
 class DecoderLayer(nn.Module):

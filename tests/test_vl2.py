@@ -5,6 +5,7 @@ modules with the same random weights where they have a variant, and otherwise th
 here as slowly and plainly as they are in the papers.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -15,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, VL2_GOLDENS, assert_close, golden, golden_model, needs_shared, relative_error
+from conftest import (
+    SHARED,
+    VL2_GOLDENS,
+    assert_close,
+    golden,
+    golden_model,
+    needs_shared,
+    relative_error,
+    skip_unless_packable,
+)
 from safetensors.torch import load_file, save_file
 
 from generate import generate
@@ -39,6 +49,7 @@ from model import (
     Router,
     YarnConfig,
     half_split,
+    pack_linears,
     positions_from_mask,
     rope_angles,
     rotate,
@@ -362,6 +373,36 @@ def test_mixture_of_experts_and_its_gradients_equal_transformers(routing):
 
 def zero_where_none(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16", "bfloat16 packed"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_token_alone_equals_that_token_among_others(routing, kind):
+    """Where nothing is sorted, and where it is: equal but for the order in which float32 adds up k results."""
+    dtype = getattr(torch, kind.split()[0])
+    moe = randomized(MixtureOfExperts(with_experts(**ROUTINGS[routing]))).to(dtype)
+    x = torch.randn(2, 9, 32).to(dtype)
+    if kind == "bfloat16 packed":
+        skip_unless_packable(moe.shared_experts.up_proj)
+        pack_linears(moe)
+    together = moe(x)
+    alone = torch.stack([torch.cat([moe(token[None, None]) for token in row], dim=1)[0] for row in x])
+    assert alone.dtype == dtype
+    assert_close(alone, together, {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 2**-9}[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 7, 32), (4, 1, 32), (3, 5, 32)], ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_packed_mixture_equals_the_plain_one(routing, shape):
+    """Products of one input become one product; the arithmetic stays, but for the order of the kernels' sums."""
+    plain, x = randomized(MixtureOfExperts(with_experts(**ROUTINGS[routing]))).bfloat16(), torch.randn(shape).bfloat16()
+    skip_unless_packable(plain.shared_experts.up_proj)
+    packed = copy.deepcopy(plain)
+    pack_linears(packed)
+    for mlp in (*packed.experts, packed.shared_experts):
+        assert [name for name, _ in mlp.named_children()] == ["gate_proj", "down_proj"]
+    assert_close(packed(x), plain(x), 2**-8)
+    assert_close(packed(x), naive_mixture(plain, x), 2**-6)
 
 
 def test_experts_that_nobody_chose_are_not_touched():
