@@ -66,13 +66,17 @@ def seconds(functions: dict[str, Callable], turns: int) -> dict[str, float]:
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights, cheaply: one block of noise over and over; vectors become ones."""
+    """Random weights, cheaply: one block of noise over and over; vectors become ones.
+
+    Each parameter starts somewhere else in the noise. Layers of equal weights would push all tokens the
+    same way, to the same few experts.
+    """
     noise = (torch.rand(2**20) - 0.5) * 0.06
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
         else:
-            flat = parameter.data.view(-1)
+            flat, noise = parameter.data.view(-1), noise.roll(int(torch.randint(len(noise), ())))
             for start in range(0, len(flat), len(noise)):
                 piece = flat[start : start + len(noise)]
                 piece.copy_(noise[: len(piece)])
@@ -139,21 +143,29 @@ def their_model() -> torch.nn.Module:
     return fill(model)
 
 
+def one_row_products(packed: bool) -> Callable:
+    """Products of one row with 24 weights of `WEIGHT_GB`: more than any cache holds, as in a decode step."""
+    row = torch.randn(1, 2048, dtype=torch.bfloat16)
+    weights = [torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in range(24)]
+    if packed and PackedLinear.suits(weights[0]):
+        weights = [PackedLinear(weight) for weight in weights]
+    return lambda: [weight(row) for weight in weights]
+
+
+WEIGHT_GB = 2048 * 8192 * 2 / 1e9
+
+
 def machine() -> dict[str, float]:
     """What this machine allows: bfloat16 matmul in GFLOP/s, weight reads of one-row products in GB/s."""
-    x, row = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(1, 2048, dtype=torch.bfloat16)
+    x, size = torch.randn(2048, 2048, dtype=torch.bfloat16), WEIGHT_GB
     linear = torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16)
-    weights = [torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in range(24)]
-    packed, packed_weights = linear, weights
-    if PackedLinear.suits(linear):
-        packed, packed_weights = PackedLinear(linear), [PackedLinear(weight) for weight in weights]
-    size = 2048 * 8192 * 2 / 1e9
+    packed = PackedLinear(linear) if PackedLinear.suits(linear) else linear
     times = seconds(
         {
             "matmul": lambda: linear(x),
             "packed matmul": lambda: packed(x),
-            "row": lambda: [weight(row) for weight in weights],
-            "packed row": lambda: [weight(row) for weight in packed_weights],
+            "row": one_row_products(packed=False),
+            "packed row": one_row_products(packed=True),
         },
         turns=7,
     )
@@ -433,7 +445,7 @@ def vl2() -> None:
     mask[:, 10 : 10 + tokens] = True
     pixels, crop = torch.randn(2, 3, 384, 384).to(torch.bfloat16), torch.tensor([[1, 1]])
     embeddings = model.embed(ids, mask, pixel_values=pixels, images_spatial_crop=crop)
-    # Random embeddings would be alike, and choose alike: noise makes every expert work.
+    # A random tower's features are alike, and would choose alike: noise makes every expert work.
     embeddings = torch.randn_like(embeddings)
     cache = model.new_cache(1, T + NEW_TOKENS)
 
@@ -446,11 +458,19 @@ def vl2() -> None:
         for step in range(NEW_TOKENS):
             model(inputs_embeds=embeddings[:, step : step + 1], cache=cache)
 
-    print(
-        f"experts used by some token of the prompt: {min(experts_used(model, prefill))} of "
-        f"{config.language.experts.n_routed_experts} in the layer that uses fewest"
+    used = " ".join(str(count) for count in experts_used(model, prefill))
+    print(f"experts used by the prompt, in each layer: {used}; of {config.language.experts.n_routed_experts}")
+    # The rate at which memory is read changes from minute to minute: it is measured again, in turns with decoding.
+    times = seconds(
+        {
+            "vision": lambda: model.vision(pixels),
+            "prefill": prefill,
+            "decode": decode,
+            "packed row": one_row_products(packed=True),
+        },
+        turns=7,
     )
-    times = seconds({"vision": lambda: model.vision(pixels), "prefill": prefill, "decode": decode}, turns=5)
+    rates["packed row"] = 24 * WEIGHT_GB / times["packed row"]
     c, e = config.language, config.language.experts
     D, v = c.hidden_size, config.vision
     chosen = e.n_shared_experts + e.num_experts_per_tok
@@ -466,8 +486,8 @@ def vl2() -> None:
         print(f"{name:10}{times[name]:8.3f} s   {rate:6.0f} GFLOP/s, {rate / rates['matmul']:.0%} of the matmul rate")
     read = 2 * (active + head) * NEW_TOKENS / times["decode"] / 1e9
     print(
-        f"{'decode':10}{times['decode']:8.3f} s   {NEW_TOKENS / times['decode']:.1f} tokens/s, reads {read:.1f} GB/s of "
-        f"active weights, {read / rates['packed row']:.0%} of packed one-row products"
+        f"{'decode':10}{times['decode']:8.3f} s   {NEW_TOKENS / times['decode']:.1f} tokens/s, reads {read:.1f} GB/s "
+        f"of active weights, {read / rates['packed row']:.0%} of one-row products ({rates['packed row']:.1f} GB/s packed)"
     )
 
     print(
