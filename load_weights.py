@@ -13,6 +13,7 @@ Nothing of a checkpoint is ever executed: JSON, safetensors, and pickles with we
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,9 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
+from model import DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, PackedLinear, YarnConfig
 from processor import load_tokenizer, read_json
 from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
 
@@ -713,3 +715,36 @@ def read_parameters(
         if parameter.endswith("pos_embed") and tensor.dim() == 2:
             tensor = tensor[None]
         yield parameter, tensor
+
+
+def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the weights into a checkpoint folder, as model.safetensors, for `load_model` and the original code.
+
+    The folder's config.json says under which names. An older file stays whole until the new one is.
+
+    Args:
+        dtype: to write in; by default as the weights are.
+    Raises: ValueError where the folder's config describes another model, and for a packed model.
+    """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
+    folder = Path(path)
+    layout, config = read_layout_and_config(folder)
+    tied = model.config.language.tie_word_embeddings
+    if replace(config, language=replace(config.language, tie_word_embeddings=tied)) != model.config:
+        raise ValueError(f"{folder / 'config.json'}: describes another model than the one to be saved")
+    parameters = model.state_dict()
+    parts: dict[str, Iterator[Tensor]] = {}  # of parameters that the checkpoint holds in several tensors
+    tensors = {}
+    for name, target in expected_tensors(model, layout, set()).items():
+        parameter = parameters[target.parameter]
+        rows = parts.setdefault(target.parameter, iter(parameter.view(-1, *target.shape)))
+        tensors[name] = next(rows).to(device="cpu", dtype=dtype).contiguous()
+    if tied:
+        del tensors[checkpoint_names("lm_head.weight", layout.names)[0]]
+    unfinished = folder / f".{os.getpid()}.model.safetensors"
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.replace(folder / "model.safetensors")
+    finally:
+        unfinished.unlink(missing_ok=True)

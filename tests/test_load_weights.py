@@ -21,10 +21,11 @@ from conftest import (
     copy_checkpoint,
     golden,
     needs_shared,
+    skip_unless_packable,
 )
 from safetensors.torch import load, save_file
 
-from load_weights import expected_tensors, load_model, read_config, read_layout_and_config
+from load_weights import expected_tensors, load_model, read_config, read_layout_and_config, save_model
 from model import DeepseekVL, LanguageConfig
 from processor import load_tokenizer
 from vision import HybridConfig, SAMConfig, SigLIPConfig
@@ -447,6 +448,58 @@ def test_a_tied_head(small_pair, tmp_path):
     for tie in (False, True):
         edit_json(tmp_path / "config.json", {"tie_word_embeddings": tie})
         assert torch.equal(load_model(tmp_path).lm_head.weight, head)
+
+
+# ---------------------------------------------------------------------------- saving
+
+
+def check_saving(folder: Path, fresh: Path) -> None:
+    """What is saved holds the tensors that were loaded, bit for bit, and nothing but that one file is written."""
+    model, before = load_model(folder), read_tensors(folder / "model.safetensors")
+    fresh.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".json" or file.name == "tokenizer.model":
+            (fresh / file.name).write_bytes(file.read_bytes())
+    there = {file.name for file in fresh.iterdir()}
+    save_model(model, fresh)
+    assert {file.name for file in fresh.iterdir()} == there | {"model.safetensors"}
+    saved = read_tensors(fresh / "model.safetensors")
+    assert saved and all(torch.equal(saved[name], before[name]) for name in saved)
+    assert_same_weights(load_model(fresh), model)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", [*VL_GOLDENS, *VL2_GOLDENS])
+def test_saving_the_official_layouts(name, tmp_path):
+    check_saving(golden(name).folder, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind, tie", [("siglip", False), ("siglip", True), ("hybrid", False)])
+def test_saving_transformers_layout(kind, tie, small_pair, tmp_path):
+    """Queries, keys and values apart again, and a tied head left out."""
+    check_saving(small_pair(kind, tie=tie).folder, tmp_path / "saved")
+
+
+def test_saving_in_another_dtype(small_pair, tmp_path):
+    pair = small_pair("siglip")
+    pair.theirs.save_pretrained(tmp_path)
+    save_model(pair.ours, tmp_path, torch.float16)  # over an older file
+    saved = load_model(tmp_path)
+    assert saved.dtype == torch.float16
+    assert torch.equal(saved.lm_head.weight, pair.ours.lm_head.weight.half())
+
+
+def test_what_cannot_be_saved(small_pair, tmp_path):
+    pair = small_pair("siglip")
+    folder = config_folder(tmp_path / "other", json.loads((pair.folder / "config.json").read_text()))
+    edit_json(folder / "config.json", {"text_config.num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="describes another model"):
+        save_model(pair.ours, folder)
+    packed = load_model(pair.folder, dtype=torch.bfloat16)
+    skip_unless_packable(packed.lm_head)
+    with pytest.raises(ValueError, match="save it before pack"):
+        save_model(packed.pack(), folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
 def write_weights(folder: Path, tensors: dict, suffix: str, shards: int = 1) -> None:
