@@ -1,0 +1,115 @@
+"""How often a checkpoint that train.py made answers exactly right about scenes it was never trained on.
+
+    python demo/evaluate.py --model demo/retrained --scenes 500
+
+Prints a table: each kind of question, as the model is, and with SAM's features replaced by zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from scenes import TASKS, ask, change, draw, random_scene, tell
+
+from generate import DTYPES, fail, generate, pick_device, pick_dtype
+from load_weights import load_model
+from model import DeepseekVL
+from processor import Processor
+
+BATCH = 50
+ALL_TASKS = (*TASKS, "no text", "change")
+
+
+def exam(task: str, scenes: int, pictures: bool = True, split: str = "test") -> list[tuple[list[dict], str]]:
+    """One question on each of that many fresh scenes, and the right answer.
+
+    "text" asks where there is a sign, "no text" where there is none, and "change" about two pictures.
+    """
+    questions = []
+    for i in range(scenes):
+        rng, found = Random(f"{split}-{task}-{i}"), None
+        while found is None:
+            scene = random_scene(rng)
+            if task in ("text", "no text") and bool(scene.text) == (task == "no text"):
+                continue
+            found = ("What changed?", None) if task == "change" else ask(scene, task.removeprefix("no "), rng)
+        question, answer = found
+        opening, images = ("<image>", [draw(scene)]) if pictures else (tell(scene), [])
+        if task == "change":
+            after, answer = change(scene, rng)
+            opening, images = "<image><image>", [*images, draw(after)]
+        questions.append(([{"role": "user", "content": opening + question, "images": images}], answer))
+    return questions
+
+
+def answers(model: DeepseekVL, processor: Processor, conversations: list[list[dict]]) -> list[str]:
+    """The greedy answer to each."""
+    texts = []
+    for start in range(0, len(conversations), BATCH):
+        batch = processor(conversations[start : start + BATCH])
+        texts += [processor.decode(ids).strip() for ids in generate(model, batch, max_new_tokens=80)]
+    return texts
+
+
+def accuracy(
+    model: DeepseekVL,
+    processor: Processor,
+    scenes: int,
+    tasks: Sequence[str] = TASKS,
+    pictures: bool = True,
+    split: str = "test",
+) -> dict[str, float]:
+    """For each kind of question the share answered exactly right."""
+    shares = {}
+    for task in tasks:
+        questions = exam(task, scenes, pictures, split)
+        given = answers(model, processor, [conversation for conversation, _ in questions])
+        shares[task] = sum(text == right for text, (_, right) in zip(given, questions)) / scenes
+    return shares
+
+
+@contextmanager
+def without_high_resolution(model: DeepseekVL):
+    """Within this, SAM's features are zeros."""
+    hook = model.vision.high.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "retrained", metavar="DIR")
+    parser.add_argument("--scenes", type=int, default=500, metavar="N")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    args = parser.parse_args()
+    try:
+        if args.scenes < 1:
+            raise ValueError(f"--scenes {args.scenes}: expected at least 1")
+        device = pick_device(args.device)
+        model = load_model(args.model, dtype=pick_dtype(args.dtype, device), device=device)
+        processor = Processor(args.model)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    both = accuracy(model, processor, args.scenes, ALL_TASKS)
+    with without_high_resolution(model):
+        low_alone = accuracy(model, processor, args.scenes, ALL_TASKS)
+    print(f"in {str(model.dtype).removeprefix('torch.')} on {device}, {args.scenes} questions of each kind:\n")
+    print("| exactly right | SAM and SigLIP | SAM's features zeros |\n|---|---|---|")
+    for task in ALL_TASKS:
+        print(f"| {task} | {both[task]:.1%} | {low_alone[task]:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
