@@ -281,8 +281,9 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
     """The boxes in an answer, tolerating malformed ones.
 
     Inside <|det|>, every innermost bracket of exactly four numbers is a box, if it is closed: where an
-    answer was cut off, so may its last number be. Corners may be swapped, and what reaches beyond the image is cut at its edge. Anything
-    else is passed over: other counts, other text, boxes without an area. Nothing is evaluated.
+    answer was cut off, so may its last number be. Corners may be swapped, and what reaches beyond the
+    image is cut at its edge. Anything else is passed over: other counts, other text, boxes without an
+    area. Nothing is evaluated.
 
     Args:
         text: decoded with its special tokens; image_size: width and height in pixels.
