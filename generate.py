@@ -28,8 +28,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from load_weights import load_model
-from model import DeepseekVL, KVCache
+from load_weights import check_new_folder, load_model, save_checkpoint
+from model import QUANTIZATIONS, DeepseekVL, KVCache, PackedLinear
 from processor import Processor, Tokenizer, load_image
 
 # ---------------------------------------------------------------------------- sampling
@@ -57,12 +57,15 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest tokens whose probabilities reach p (nucleus sampling, 1904.09751).
 
-    At least one is kept.
+    At least one is kept. Only what may still be chosen is sorted: after a small top-k that is little.
     """
-    ordered, order = logits.sort(dim=-1)  # ascending: the tail to cut comes first
+    allowed = (logits > -math.inf).any(dim=0).nonzero()[:, 0]
+    left = logits.index_select(1, allowed)
+    ordered, order = left.sort(dim=-1)  # ascending: the tail to cut comes first
     tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     tail[:, -1] = False
-    return logits.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
+    kept = left.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
+    return torch.full_like(logits, -math.inf).index_copy(1, allowed, kept)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -134,6 +137,41 @@ def prefill(
     return output.logits[:, -1]
 
 
+class CompiledStep:
+    """A model's decode step through torch.compile, on CUDA as a graph that is replayed.
+
+    Compiles at the first step, which takes a minute or so, and anew for another number of rows or capacity of the
+    cache. Where that cannot be done, as for `PackedLinear` or without a C++ compiler, `failed` is told why, once,
+    and steps are as without it.
+    """
+
+    def __init__(self, model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None):
+        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+        self.failed = failed
+        self.compiled = torch.compile(model.fixed_shape_step, mode=mode, dynamic=False)
+        if any(isinstance(module, PackedLinear) for module in (*model.language.modules(), model.lm_head)):
+            self.compiled = None
+            failed("the compiler does not know bfloat16 weights packed for a CPU; it does quantized ones")
+
+    def __call__(self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor | None:
+        """
+        Args:
+            ids: (B, 1); attention_mask: (B, capacity), or None.
+        Returns: logits (B, vocabulary), and the cache advanced; None where it cannot be compiled.
+        """
+        if self.compiled is None:
+            return None
+        position = torch.tensor([cache.length], device=ids.device)
+        try:
+            logits = self.compiled(ids, position, cache.layers, attention_mask)
+        except RuntimeError as error:  # of dynamo, of inductor, of the C++ compiler
+            self.compiled = None
+            self.failed(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+            return None
+        cache.advance(1)
+        return logits.clone()  # a CUDA graph writes its results to the same place at each step
+
+
 @torch.inference_mode()
 def decode(
     model: DeepseekVL,
@@ -145,6 +183,7 @@ def decode(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     chunk_size: int | None = None,
+    compiled: CompiledStep | None = None,
 ) -> Iterator[list[int]]:
     """Yield one id a row at each step; `generate` and `stream` say what they mean.
 
@@ -196,8 +235,10 @@ def decode(
             return
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        mask = None if attention_mask is None else attention_mask[:, : cache.length + 1]
-        logits = model(input_ids=ids[:, None], attention_mask=mask, cache=cache).logits[:, -1]
+        logits = None if compiled is None else compiled(ids[:, None], cache, attention_mask)
+        if logits is None:
+            mask = None if attention_mask is None else attention_mask[:, : cache.length + 1]
+            logits = model(input_ids=ids[:, None], attention_mask=mask, cache=cache).logits[:, -1]
 
 
 def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> list[list[int]]:
@@ -210,7 +251,8 @@ def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 
         batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels.
         options: temperature (0: always the likeliest token), top_k (0: off), top_p (1: off),
             repetition_penalty (1: off; counts prompt and answer), seed (for temperature above 0;
-            None: another answer each time), chunk_size (tokens of the prompt fed at once).
+            None: another answer each time), chunk_size (tokens of the prompt fed at once), compiled (a
+            `CompiledStep` of this model, or None).
     Raises: ValueError for an option out of its range, or a prompt beyond the model's context.
     """
     ends = model.config.end_token_ids
@@ -461,7 +503,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeats (default: 1)")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the device's fastest)")
+    add("--quantize", choices=tuple(QUANTIZATIONS), help="round the decoder's weights to 8 or 4 bits: smaller, faster")
+    add("--save", metavar="DIR", help="also write the quantized checkpoint, for --model the next time")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--compile", action="store_true", help="compile the decode step: slow to start, then faster")
     add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
@@ -516,6 +561,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     }
     check_options(**options)
     check_boxes_file(args.boxes, args.image)
+    if args.save is not None:
+        if args.quantize is None:
+            raise ValueError("--save writes a quantized checkpoint, give --quantize")
+        check_new_folder(Path(args.save))
     if args.model is None:
         raise ValueError("--model is missing, expected a checkpoint folder")
     device = pick_device(args.device)
@@ -524,9 +573,17 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     processor = Processor(args.model)
     message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
-    loading = f"loading {args.model} as {str(dtype).removeprefix('torch.')} on {device}"
+    loading = f"loading {args.model} as {args.quantize or str(dtype).removeprefix('torch.')} on {device}"
     start = time.perf_counter()
-    model = load_model(args.model, dtype=dtype, device=device, progress=lambda share: note(f"{loading}: {share:.0%}"))
+    model = load_model(
+        args.model,
+        dtype=dtype,
+        device=device,
+        quantize=args.quantize,
+        progress=lambda share: note(f"{loading}: {share:.0%}"),
+    )
+    if args.save is not None:
+        save_checkpoint(model, args.model, args.save)
     model.pack()
     prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
     vocabulary = model.config.language.vocab_size
@@ -534,6 +591,9 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         raise ValueError(f"{args.model}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
+    if args.compile:
+        reason = "--compile: not possible here, going on without it"
+        options["compiled"] = CompiledStep(model, lambda why: print(f"{reason} ({why})", file=sys.stderr))
     text, answer = TextStream(processor.tokenizer), ""
     start, first, count = time.perf_counter(), 0.0, 0
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +28,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, PackedLinear, YarnConfig
+from model import (
+    INT4_GROUPS,
+    PACKED,
+    QUANTIZATIONS,
+    DeepseekVL,
+    ExpertsConfig,
+    LanguageConfig,
+    LatentConfig,
+    ModelConfig,
+    QuantizedLinear,
+    YarnConfig,
+    layers_to_quantize,
+)
 from processor import load_tokenizer, read_json
 from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
 
@@ -424,7 +437,7 @@ OFFICIAL_NAMES = [
     ("aligner.layers.0.*", "aligner.linear1.*"),
     ("aligner.layers.2.*", "aligner.linear2.*"),
     ("language_model.model.*", "language.*"),
-    ("language_model.lm_head.weight", "lm_head.weight"),
+    ("language_model.lm_head.*", "lm_head.*"),
 ]
 
 _SAM = "model.high_res_vision_model.vision_encoder"
@@ -457,7 +470,7 @@ TRANSFORMERS_NAMES = [
     ("model.aligner.vision_proj.*", "aligner.low_proj.*"),
     ("model.aligner.*", "aligner.*"),
     ("model.language_model.*", "language.*"),
-    ("lm_head.weight", "lm_head.weight"),
+    ("lm_head.*", "lm_head.*"),
 ]
 
 VL2_NAMES = [
@@ -467,7 +480,7 @@ VL2_NAMES = [
     ("projector.layers.2.*", "aligner.linear2.*"),
     ("vision.*", "vision.*"),
     ("language.model.*", "language.*"),
-    ("language.lm_head.weight", "lm_head.weight"),
+    ("language.lm_head.*", "lm_head.*"),
 ]
 
 
@@ -651,6 +664,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
@@ -662,11 +676,15 @@ def load_model(
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
+        quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
+            that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
     layout, config = read_layout_and_config(folder)
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZATIONS)}")
     files = open_weights(folder)
     head = checkpoint_names("lm_head.weight", layout.names)[0]
     if head in files:  # a head that is in the file is its own tensor, whatever the config says
@@ -676,14 +694,28 @@ def load_model(
             model = DeepseekVL(config)
     except (RuntimeError, TypeError) as error:  # without memory, all that can fail is counting the bytes
         raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory") from error
+    stored = prepare_quantized(model, layout, files)
+    if stored and quantize not in (None, stored):
+        raise ValueError(f"{folder}: holds {stored} weights, which cannot become {quantize}")
+    rounded = {} if stored or quantize is None else layers_to_quantize(model, quantize)
     expected = expected_tensors(model, layout, set(files))
     if config.language.tie_word_embeddings:
         del expected[head]
     check_names(expected, files, layout, folder)
     count = len({target.parameter for target in expected.values()})
-    for i, (name, tensor) in enumerate(read_parameters(expected, files, dtype, torch.device(device)), start=1):
-        module_name, _, parameter_name = name.rpartition(".")
-        setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor))
+    dtype = stored_dtype(expected, files) if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
+        module_name, _, tensor_name = name.rpartition(".")
+        if module_name in rounded:
+            layer = QuantizedLinear.from_weight(tensor.to(device), rounded[module_name], dtype)
+            parent_name, _, layer_name = module_name.rpartition(".")
+            setattr(model.get_submodule(parent_name), layer_name, layer)
+        else:
+            tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # no needless copy
+            module = model.get_submodule(module_name)
+            setattr(module, tensor_name, tensor if isinstance(module, QuantizedLinear) else nn.Parameter(tensor))
         if progress is not None:
             progress(i / count)
     if config.language.tie_word_embeddings:
@@ -691,26 +723,56 @@ def load_model(
     return model.eval()
 
 
+def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
+    """Where the files hold a layer's scales, make room for it to be quantized. Returns "int4", "int8" or None.
+
+    Raises: ValueError for weights beside scales that are not integers of the expected dtypes.
+    """
+    kinds = set()
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or not name.startswith(("language.layers.", "lm_head")):
+            continue
+        weight, scales = (checkpoint_names(f"{name}.{part}", layout.names)[0] for part in ("weight", "scales"))
+        if scales not in files or weight not in files:
+            continue
+        found = files[weight].read(weight).dtype
+        kind = next((kind for kind, dtype in QUANTIZATIONS.items() if dtype == found), None)
+        if kind is None:
+            raise ValueError(f"{files[weight].path}: tensor {weight} holds {found}, expected int8 or uint8")
+        if kind == "int4" and linear.in_features % INT4_GROUPS[-1]:
+            raise ValueError(f"{files[weight].path}: tensor {weight} is int4, its width fits no group of {INT4_GROUPS}")
+        kinds.add(kind)
+        parent_name, _, layer_name = name.rpartition(".")
+        with torch.device("meta"):
+            layer = QuantizedLinear.empty((linear.out_features, linear.in_features), kind)
+        setattr(model.get_submodule(parent_name), layer_name, layer)
+    return min(kinds, default=None)
+
+
+def stored_dtype(expected: dict[str, Target], files: dict[str, WeightFile]) -> torch.dtype:
+    """The embedding's."""
+    name = next(name for name, target in expected.items() if target.parameter == "language.embed_tokens.weight")
+    dtype = files[name].read(name).dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"{files[name].path}: tensor {name} holds {dtype}, expected one of {FLOATS}")
+    return dtype
+
+
 def read_parameters(
-    expected: dict[str, Target], files: dict[str, WeightFile], dtype: torch.dtype | None, device: torch.device
+    model: DeepseekVL, expected: dict[str, Target], files: dict[str, WeightFile]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's name and value, one at a time, its parts joined."""
+    """Each parameter's name and value as stored, one at a time, its parts joined."""
     sources: dict[str, list[str]] = {}
     for name, target in expected.items():  # the parts of one parameter follow each other
         sources.setdefault(target.parameter, []).append(name)
-    if dtype is None:
-        embedding = sources["language.embed_tokens.weight"][0]
-        dtype = files[embedding].read(embedding).dtype
-        if dtype not in FLOATS:
-            raise ValueError(f"{files[embedding].path}: tensor {embedding} holds {dtype}, expected one of {FLOATS}")
-    elif dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    meta = model.state_dict()
     for parameter, names in sources.items():
         parts = [files[name].read(name) for name in names]
+        integer = None if meta[parameter].is_floating_point() else meta[parameter].dtype
         for name, part in zip(names, parts):
-            if part.dtype not in FLOATS:
-                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected one of {FLOATS}")
-        parts = [part.to(device=device, dtype=dtype) for part in parts]  # no copy where nothing changes
+            if part.dtype not in ((integer,) if integer else FLOATS):
+                wanted = integer or f"one of {FLOATS}"
+                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected {wanted}")
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if parameter.endswith("pos_embed") and tensor.dim() == 2:
             tensor = tensor[None]
@@ -720,13 +782,14 @@ def read_parameters(
 def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the weights into a checkpoint folder, as model.safetensors, for `load_model` and the original code.
 
-    The folder's config.json says under which names. An older file stays whole until the new one is.
+    The folder's config.json says under which names. An older file stays whole until the new one is. Quantized layers
+    are written as they are, which `load_model` knows and the original code does not.
 
     Args:
         dtype: to write in; by default as the weights are.
     Raises: ValueError where the folder's config describes another model, and for a packed model.
     """
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if any(isinstance(module, PACKED) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
     folder = Path(path)
     layout, config = read_layout_and_config(folder)
@@ -739,7 +802,8 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     for name, target in expected_tensors(model, layout, set()).items():
         parameter = parameters[target.parameter]
         rows = parts.setdefault(target.parameter, iter(parameter.view(-1, *target.shape)))
-        tensors[name] = next(rows).to(device="cpu", dtype=dtype).contiguous()
+        tensor = next(rows)
+        tensors[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
     if tied:
         del tensors[checkpoint_names("lm_head.weight", layout.names)[0]]
     unfinished = folder / f".{os.getpid()}.model.safetensors"
@@ -748,3 +812,31 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         unfinished.replace(folder / "model.safetensors")
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> None:
+    """Write a new checkpoint folder: the model's weights, and the config and tokenizer files of `source`.
+
+    For a quantized model, so that the next start is fast. The folder appears when it is whole.
+
+    Raises: ValueError where `path` is already there, or lies in no folder, and as `save_model`.
+    """
+    source, path = Path(source), Path(path)
+    check_new_folder(path)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        unfinished.mkdir()
+        for file in sorted(source.iterdir()):
+            describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
+            if describes or file.name == "tokenizer.model":
+                shutil.copyfile(file, unfinished / file.name)
+        save_model(model, unfinished)
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError where no new folder can be made."""
+    if path.exists() or not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: expected the name of a new folder, in a folder that is there")

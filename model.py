@@ -7,7 +7,8 @@ Read top to bottom, each part is met just before it is used:
     SwiGLU, and MixtureOfExperts in its place (DeepSeek-VL2, all layers but the first),
     DecoderLayer, Decoder,
     DeepseekVL: image features in place of image tokens, one decoder over all,
-    PackedLinear: the same weights in the order in which a CPU reads them fastest.
+    QuantizedLinear: weights in 8 or 4 bits,
+    PackedLinear, PackedQuantizedLinear: the same weights in the order in which the machine reads them fastest.
 
     input_ids (B, T) -> embeddings (B, T, D)  <- image features (images, N, D) at the placeholders
                      -> layers of attention and SwiGLU (B, T, D) -> logits (B, T, vocabulary)
@@ -40,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -313,6 +315,27 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
+
+
+class FixedShapeCache:
+    """The tensors of a KVCache, for decode steps whose shapes never change, as compiled code wants them.
+
+    A step writes at `position`, a tensor, so no number in the code changes from step to step. It gets back all of the
+    capacity, and `visible` hides what lies beyond the position.
+    """
+
+    def __init__(self, layers: list[list[Tensor]], position: Tensor):
+        self.layers = layers
+        self.position = position  # (1,) int64
+
+    def append(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """As `KVCache.append`, for one token a row: (B, G, 1, d) in, (B, G, capacity, d) out."""
+        for stored, tensor in zip(self.layers[layer], new):
+            stored.index_copy_(2, self.position, tensor)
+        return self.layers[layer]
+
+    def advance(self, tokens: int) -> None:
+        """Whoever calls gives the next step its position."""
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -631,6 +654,7 @@ class MixtureOfExperts(nn.Module):
         routed = mix(tokens, experts, weights).to(x.dtype).view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
+    @torch.compiler.disable  # what runs depends on values, which compiled code does not look at
     def mix(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sort by expert, so each runs once, over all its tokens; add its results to their sums.
 
@@ -653,6 +677,7 @@ class MixtureOfExperts(nn.Module):
                 start += count
         return out
 
+    @torch.compiler.disable
     def mix_for_one_token(self, token: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """`mix` where there is nothing to sort: the small operations around the experts take time, too."""
         packed = isinstance(self.experts[0].down_proj, PackedLinear)
@@ -793,7 +818,10 @@ class DeepseekVL(nn.Module):
         return KVCache(self.config.language, batch_size, capacity, self.dtype, self.device)
 
     def pack(self) -> DeepseekVL:
-        """Make a bfloat16 model on a CPU faster, for good; see `PackedLinear`. Elsewhere do nothing."""
+        """Make a model that is to answer faster, for good: see `PackedLinear` and `PackedQuantizedLinear`.
+
+        Layers that no packed kernel of this machine can do stay as they are.
+        """
         pack_linears(self)
         return self
 
@@ -928,6 +956,135 @@ class DeepseekVL(nn.Module):
             loss = F.cross_entropy(predicted.float(), expected, ignore_index=-100)
         return Output(logits, loss, hidden_states, attentions)
 
+    def fixed_shape_step(
+        self, ids: Tensor, position: Tensor, layers: list[list[Tensor]], attention_mask: Tensor | None
+    ) -> Tensor:
+        """A decode step in which only values change, no shape: what `forward` does, in a form to compile.
+
+        Args:
+            ids: (B, 1); position: (1,) int64, where in the cache they go; layers: a KVCache's.
+            attention_mask: (B, capacity), 0 for padding on the left, or None.
+        Returns: logits (B, vocabulary).
+        """
+        visible = (torch.arange(layers[0][0].shape[2], device=ids.device) <= position)[None, None, None]
+        position_ids = position[None]  # (1, 1)
+        if attention_mask is not None:
+            visible = visible & attention_mask.bool()[:, None, None]
+            position_ids = position_ids - (1 - attention_mask).sum(dim=-1, keepdim=True)
+        x = self.language.embed_tokens(ids)
+        x, _, _ = self.language(x, position_ids, visible, FixedShapeCache(layers, position))
+        return self.lm_head(x)[:, -1]
+
+
+# ---------------------------------------------------------------------------- weights in 8 or 4 bits
+
+QUANTIZATIONS = {"int8": torch.int8, "int4": torch.uint8}  # how each is stored
+
+
+def layers_to_quantize(model: DeepseekVL, kind: str) -> dict[str, str]:
+    """The rule: which linear layers become "int8" or "int4", by name.
+
+    The decoder's layers and the head, which every new token reads whole. All else keeps its 16 bits: embeddings, of
+    which a token reads one row; norms and routers, which are small, and on which much hangs; what latent attention
+    reads in two parts (`HeadWeights`); vision and aligner, which see an image once. So does a head that is the
+    embedding, and for int4 a layer whose width no group divides.
+    """
+    tied = model.config.language.tie_word_embeddings
+    return {
+        name: kind
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (name.startswith("language.layers.") or (name == "lm_head" and not tied))
+        and (kind == "int8" or module.in_features % INT4_GROUPS[-1] == 0)
+    }
+
+
+INT4_GROUPS = (128, 64)  # inputs that share a scale: the first that divides a layer's width
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias whose weights are small integers. Its input and output are as wide as ever.
+
+    This is the plain form, which makes the weights wide again and multiplies:
+
+        int8    W[n, k] = q[n, k] * scale[n]                                q from -127 to 127
+        int4    W[n, k] = (q[n, k] - 8) * scale[k // g, n] + middle[k // g, n]     q from 0 to 15
+
+    So int8 has a scale for each output, and int4 a scale and a middle for each group of g inputs of each output. They
+    are chosen such that a row's largest weight, or a group's least and largest, are met; each weight goes to the
+    nearest of the values (round to nearest; LLM.int8(), arXiv 2208.07339, and GPTQ, 2210.17323, call it the baseline).
+
+    weight: int8 (out, in); for int4 uint8 (out, in / 2), in each byte two inputs, the first in its high half.
+    scales: (out,), for int4 (in / g, out, 2), scale and middle, in the dtype of the layer's input and output.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1] * (1 if self.weight.dtype == torch.int8 else 2)
+
+    @property
+    def group(self) -> int:
+        """How many inputs share a scale."""
+        return self.in_features if self.scales.dim() == 1 else self.in_features // len(self.scales)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], kind: str, dtype: torch.dtype | None = None) -> QuantizedLinear:
+        """For a weight of this shape, without values, on torch's default device."""
+        rows, width = shape
+        if kind == "int8":
+            return cls(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=dtype))
+        groups = width // next(g for g in INT4_GROUPS if width % g == 0)
+        return cls(torch.empty(rows, width // 2, dtype=torch.uint8), torch.empty(groups, rows, 2, dtype=dtype))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, kind: str, dtype: torch.dtype) -> QuantizedLinear:
+        """Round a weight (out, in) of any float dtype.
+
+        The scales are rounded to `dtype` first, so that the integers make up for what that changes.
+        """
+        pieces = weight.split(max(1, 2**20 // weight.shape[1]))
+        if len(pieces) > 1:  # some rows at a time stay in a CPU's cache, and need little memory
+            rounded = [cls.from_weight(piece, kind, dtype) for piece in pieces]
+            scales = torch.cat([piece.scales for piece in rounded], dim=0 if kind == "int8" else 1)
+            return cls(torch.cat([piece.weight for piece in rounded]), scales)
+        tiny, wide = torch.finfo(torch.float32).tiny, weight.detach().float()
+        if kind == "int8":
+            scales = (wide.abs().amax(dim=1) / 127).to(dtype)
+            q = (wide / scales.float().clamp(min=tiny)[:, None]).round_().clamp_(-127, 127)
+            return cls(q.to(torch.int8), scales)
+        group = next(g for g in INT4_GROUPS if weight.shape[1] % g == 0)
+        wide = wide.unflatten(1, (-1, group))  # (out, groups, g)
+        least, largest = wide.aminmax(dim=2)
+        scale = ((largest - least) / 15).to(dtype)
+        middle = (least + 8 * scale.float()).to(dtype)
+        q = (wide - middle.float()[..., None]).div_(scale.float().clamp(min=tiny)[..., None])
+        q = q.add_(8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)  # (out, in)
+        return cls(q[:, 0::2] << 4 | q[:, 1::2], torch.stack((scale.T, middle.T), dim=-1))
+
+    def integers(self) -> Tensor:
+        """q, (out, in): int8, or uint8 from 0 to 15."""
+        if self.weight.dtype == torch.int8:
+            return self.weight
+        return torch.stack((self.weight >> 4, self.weight & 15), dim=-1).flatten(1)
+
+    def dequantized(self) -> Tensor:
+        """W, (out, in), in the scales' dtype; the two equations above, in float32."""
+        q, scales = self.integers().float(), self.scales.float()
+        if self.weight.dtype == torch.int8:
+            return (q * scales[:, None]).to(self.scales.dtype)
+        scale, middle = scales.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1) both
+        W = (q.unflatten(1, (-1, self.group)) - 8) * scale + middle
+        return W.flatten(1).to(self.scales.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both in the scales' dtype."""
+        return F.linear(x, self.dequantized())
+
 
 # ---------------------------------------------------------------------------- packed weights
 
@@ -976,9 +1133,110 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PackedQuantizedLinear(nn.Module):
+    """Quantized layers of one input as one, in the layout of torch's own kernels, which widen what they read.
+
+    For a few rows, as in a decode step, that is what makes it fast: half or a quarter of the bytes is read. For the
+    many rows of a prompt, where the time goes into multiplying, those kernels are slower than a bfloat16 matmul, more
+    than it takes to make a whole layer wide for a moment. So that is done there, at the price of that moment's memory:
+    two bytes for each weight of the layer, freed before the next one.
+    """
+
+    FEW_ROWS = {8: 12, 4: 128}  # so many go through the kernels of 8 and 4 bits: from there on they are slower
+
+    def __init__(self, *linears: QuantizedLinear):
+        super().__init__()
+        self.sizes = [len(linear.weight) for linear in linears]
+        self.in_features, self.group = linears[0].in_features, linears[0].group
+        self.bits = 8 if linears[0].weight.dtype == torch.int8 else 4
+        scales = [linear.scales for linear in linears]
+        self.scales = torch.cat(scales, dim=0 if self.bits == 8 else 1) if len(scales) > 1 else scales[0]
+        packed = [linear.weight if self.bits == 8 else self.int4_layout(linear) for linear in linears]
+        self.weight = torch.cat(packed) if len(packed) > 1 else packed[0]
+
+    @staticmethod
+    def int4_layout(linear: QuantizedLinear) -> Tensor:
+        """The integers as the device's kernel wants them; opaque but for what `widened` knows."""
+        if linear.weight.device.type == "cuda":
+            return torch.ops.aten._convert_weight_to_int4pack(linear.weight, 8)
+        pieces = linear.integers().split(4096)  # it wants int32, eight times as large: so not all at once
+        return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(piece.int(), 1) for piece in pieces])
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this is a quantized layer that the kernels of this machine can do."""
+        if not isinstance(module, QuantizedLinear):
+            return False
+        rows, width, device = len(module.weight), module.in_features, module.weight.device
+        if module.weight.dtype == torch.int8:
+            kind, fits = "int8", width % 32 == 0  # of other widths the kernel drops the rest, or worse
+        else:
+            kind, fits = "int4", rows % 64 == 0 and width % (128 if device.type == "cuda" else 64) == 0
+        return fits and kernel_agrees(kind, module.scales.dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both in the scales' dtype."""
+        rows = x.flatten(0, -2)
+        few = len(rows) <= self.FEW_ROWS[self.bits] or (self.bits == 4 and x.device.type != "cpu")
+        out = self.multiply(rows) if few else self.widen_and_multiply(rows)
+        return out.view(*x.shape[:-1], -1)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The kernels. (rows, in) -> (rows, out)."""
+        if self.bits == 8:
+            return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+        on_cpu = rows.device.type == "cpu"
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+        return kernel(rows, self.weight, self.group, self.scales)
+
+    def widen_and_multiply(self, rows: Tensor) -> Tensor:
+        """A plain matmul; int8's scales, one for each output, can wait until after it."""
+        if self.bits == 8:
+            return F.linear(rows, self.weight.to(rows.dtype)).mul_(self.scales)
+        return rows @ self.widened()
+
+    def widened(self) -> Tensor:
+        """int4's W, transposed to (in, out), from the CPU's layout.
+
+        That layout has blocks of 64 outputs, and in them for each input 32 bytes: the low halves are the first 32
+        outputs, the high halves the others. q - 8 in four bits of two's complement is q with its top bit turned.
+        """
+        width, blocks = self.in_features, sum(self.sizes) // 64
+        signed = (self.weight.view(blocks, width, 32) ^ 0x88).view(torch.int8)
+        wide = torch.empty(width, blocks, 64, dtype=self.scales.dtype)
+        halves = wide.transpose(0, 1)
+        halves[..., :32] = signed << 4 >> 4
+        halves[..., 32:] = signed >> 4
+        wide = wide.view(width // self.group, self.group, blocks * 64)
+        scale, middle = (part.contiguous()[:, None] for part in self.scales.unbind(-1))  # (groups, 1, out) both
+        return torch.addcmul(middle, wide, scale, out=wide).view(width, -1)
+
+
+@lru_cache
+def kernel_agrees(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the packed kernels give the plain form's results here, for few and many rows of a small layer.
+
+    Not every device has them, nor has every CPU the layout that `widened` knows.
+    """
+    weight = torch.linspace(-1, 1, 128 * 256).sin().view(128, 256).to(device)
+    plain = QuantizedLinear.from_weight(weight, kind, dtype)
+    many = max(PackedQuantizedLinear.FEW_ROWS.values()) + 1
+    x = torch.linspace(-3, 3, 256 * many).cos().view(many, 256).to(device, dtype)
+    expected = plain(x).float()
+    try:
+        packed = PackedQuantizedLinear(plain)
+        results = packed(x).float(), torch.cat([packed(x[:3]), packed(x[3:4])]).float()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return all(bool((out - expected[: len(out)]).norm() < 0.02 * expected[: len(out)].norm()) for out in results)
+
+
+PACKED = (PackedLinear, PackedQuantizedLinear)
+
+
 def products(x: Tensor, *linears: nn.Module | None) -> Sequence[Tensor]:
     """x through each of several layers; packed, the first is all of them, and the others are None."""
-    if isinstance(linears[0], PackedLinear):
+    if isinstance(linears[0], PACKED):
         return linears[0](x).split(linears[0].sizes, dim=-1)
     return [linear(x) for linear in linears]
 
@@ -987,13 +1245,15 @@ def pack_linears(module: nn.Module) -> None:
     """Replace every linear layer inside `module` that can be packed, and free it; those of the `same_input` by one."""
     names = getattr(module, "same_input", ())
     linears = [getattr(module, name) for name in names]
-    if linears and all(PackedLinear.suits(linear) for linear in linears):
-        for name in names:
-            setattr(module, name, None)
-        setattr(module, names[0], PackedLinear(*linears))
+    for packed in PACKED:
+        if linears and all(packed.suits(linear) for linear in linears):
+            for name in names:
+                setattr(module, name, None)
+            setattr(module, names[0], packed(*linears))
     del linears
     for name, child in module.named_children():
-        if PackedLinear.suits(child):
-            setattr(module, name, PackedLinear(child))
+        packed = next((packed for packed in PACKED if packed.suits(child)), None)
+        if packed is not None:
+            setattr(module, name, packed(child))
         else:
             pack_linears(child)

@@ -246,41 +246,52 @@ def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, 
     return by_row, by_column
 
 
-def attention_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int | None = None
-) -> Tensor:
-    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], a few scores at a time.
+def fold_positions(q: Tensor, k: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose plain products are the scores with their bias.
 
-    In a global layer of the 7B there are 12 x 4096 x 4096 scores: 800 MB in float32. A query's row of
-    scores needs no other row, so some windows and heads, or some grid rows of one head's queries, are
-    done at a time. A block that fits into the cache of a CPU also makes this faster there than the fused
-    attention, which would want the bias as one large mask, and exact enough to keep scores in float32.
+        q . k / sqrt(d) + by_row[kh] + by_column[kw] = (q / sqrt(d), by_row, by_column) . (k, onehot(kh), onehot(kw))
+
+    So the bias, as large as the scores, is never made: a matmul adds it up.
+
+    Args:
+        q, k: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
+    Returns: both (B, H, g * g, d + 2 g).
+    """
+    B, H, N, d = q.shape
+    g = by_row.shape[2]
+    onehot = torch.eye(g, dtype=k.dtype, device=k.device)
+    row, column = onehot.repeat_interleave(g, dim=0), onehot.repeat(g, 1)  # (N, g): of each key
+    q = torch.cat((q * d**-0.5, by_row.flatten(2, 3), by_column.flatten(2, 3)), dim=-1)
+    return q, torch.cat((k, torch.cat((row, column), dim=1).expand(B, H, N, 2 * g)), dim=-1)
+
+
+def attention_with_positions(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int = 2**21
+) -> Tensor:
+    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], without 12 x 4096 x 4096 scores at once.
+
+    On a CPU some windows and heads, or some queries of one head, are done at a time: their scores stay in the cache
+    of the CPU, and that is faster there than the fused attention, which is for all other devices.
 
     Args:
         q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
-        limit: scores at a time, at least a grid row's; by default what suits the device.
+        limit: scores at a time on a CPU, at least a query's.
     Returns: (B, H, g * g, d).
     """
-    if limit is None:
-        limit = 2**20 if q.device.type == "cpu" else 2**27
-    B, H, N, d = q.shape
-    g = by_row.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, values, by_row, by_column = (t.flatten(0, 1) for t in (q, k, v, by_row, by_column))
-    q, k = q.to(wide) * d**-0.5, k.to(wide).transpose(1, 2)
+    q, k = fold_positions(q, k, by_row, by_column)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    B, H, N, _ = v.shape
+    q, k, values = (t.flatten(0, 1) for t in (q, k, v))
     heads = max(1, limit // (N * N))  # of all windows or images
-    rows = min(g, max(1, limit // (g * N)))  # of the grid
+    rows = min(N, max(1, limit // N))  # queries
     out = torch.empty_like(values)  # (B * H, N, d)
     for h in range(0, B * H, heads):
         h = slice(h, h + heads)
-        for r in range(0, g, rows):
-            queries, r = slice(r * g, (r + rows) * g), slice(r, r + rows)
-            scores = q[h, queries] @ k[h]  # (heads, rows * g, N)
-            biased = scores.unflatten(1, (-1, g)).unflatten(3, (g, g))  # (heads, rows, g, g, g)
-            biased += by_row[h, r, :, :, None]
-            biased += by_column[h, r, :, None, :]
-            out[h, queries] = scores.softmax(dim=-1).to(v.dtype) @ values[h]
-    return out.view(B, H, N, d)
+        for r in range(0, N, rows):
+            r = slice(r, r + rows)
+            out[h, r] = (q[h, r] @ k[h].transpose(1, 2)).softmax(dim=-1) @ values[h]
+    return out.view_as(v)
 
 
 class SAMAttention(nn.Module):
@@ -301,7 +312,7 @@ class SAMAttention(nn.Module):
         qkv = self.qkv(x).view(B, g * g, 3, self.heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
         by_row, by_column = relative_bias(q.unflatten(2, (g, g)), self.rel_pos_h, self.rel_pos_w)
-        out = attention_in_blocks(q, k, v, by_row, by_column)
+        out = attention_with_positions(q, k, v, by_row, by_column)
         return self.proj(out.transpose(1, 2).reshape(B, g, g, D))
 
 

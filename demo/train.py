@@ -10,8 +10,10 @@ them; the first two stages stand in for that:
               through linear layers that are thrown away afterwards. Stands in for their pretraining.
     language  Llama alone: next-token prediction on conversations about scenes told in words. For DeepSeek-LLM's.
     adaptor   the paper's stage 1: the aligner learns on captions; all else is frozen.
-    joint     stage 2: aligner and language model; three conversations in ten are text alone.
-    chat      stage 3: everything (the paper leaves SAM frozen, to save memory); the loss is on the answers alone.
+    joint     stage 2: aligner and language model; one conversation in five is text alone.
+    chat      stage 3: everything (the paper leaves SAM frozen, to save memory).
+
+In the last two the loss is on the answers alone: here questions are drawn by chance, and teach nothing.
 
 Loss and held-out accuracy (of 16 pictures for the towers, of 50 questions of each kind for answers) print as it goes
 and are kept in history.csv beside the checkpoint.
@@ -65,7 +67,7 @@ STAGES = (
     Stage("joint", 5000, 16, 1.5e-3, ("aligner", "language", "lm_head")),
     Stage("chat", 6000, 16, 7e-4, ("vision", "aligner", "language", "lm_head")),
 )
-REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 250, 30
+REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
 MEASURES = ("shapes", "signs", *TASKS)  # held out: what the towers name, what the model answers
 
 
@@ -159,8 +161,7 @@ class Batches(Dataset):
         self.stage, self.seed, self.first = stage, seed, first
         self.processor = Processor(folder)
         self.grid = read_config(folder).vision.high.grid
-        # Only `chat` learns answers alone; before it, the text around them is learnt too.
-        self.processor.mask_prompt = stage.name == "chat"
+        self.processor.mask_prompt = stage.name in ("joint", "chat")  # the loss is on answers alone
 
     def __len__(self) -> int:
         return self.stage.steps - self.first
@@ -181,7 +182,7 @@ class Batches(Dataset):
     def conversation(self, rng: Random) -> list[dict]:
         if self.stage.name == "adaptor":
             return chat(rng, turns=1, tasks=("describe",))
-        pictures = rng.random() < {"language": 0, "joint": 0.7, "chat": 0.95}[self.stage.name]
+        pictures = rng.random() < {"language": 0, "joint": 0.8, "chat": 0.95}[self.stage.name]
         return chat(rng, pictures=pictures)
 
 

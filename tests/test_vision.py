@@ -16,7 +16,7 @@ from PIL import Image
 from vision import (
     PatchEmbed,
     attention,
-    attention_in_blocks,
+    attention_with_positions,
     relative_bias,
     relative_positions,
     window_partition,
@@ -69,9 +69,9 @@ def test_attention_written_out_equals_fused(bias, scale):
     assert_close(weights @ v, out, 1e-6)
 
 
-@pytest.mark.parametrize("scores", [0, 1, 100, 36 * 6, 4 * 36 * 6, 36 * 36, 4 * 36 * 36, 10**9])
-def test_attention_in_blocks_equals_attention_with_the_whole_bias(scores, monkeypatch):
-    """Within the limit as long as it lets one of the 6 grid rows of one head through: 6 x 36 scores."""
+@pytest.mark.parametrize("scores", [1, 36, 100, 36 * 6, 4 * 36 * 6, 36 * 36, 4 * 36 * 36, 10**9])
+def test_attention_with_positions_equals_attention_with_the_whole_bias(scores, monkeypatch):
+    """Within the limit as long as it lets one query through: 36 scores."""
     B, H, g, d = 2, 3, 6, 4
     q, k, v = torch.randn(3, B, H, g * g, d)
     by_row, by_column = torch.randn(2, B, H, g, g, g)
@@ -80,18 +80,18 @@ def test_attention_in_blocks_equals_attention_with_the_whole_bias(scores, monkey
 
     sizes, softmax = [], torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
-    assert_close(attention_in_blocks(q, k, v, by_row, by_column, scores), expected, 1e-6)
-    assert max(sizes) <= max(scores, g * g * g)
+    assert_close(attention_with_positions(q, k, v, by_row, by_column, scores), expected, 1e-6)
+    assert max(sizes) <= max(scores, g * g)
     assert sum(sizes) == B * H * (g * g) ** 2
 
 
-def test_gradients_of_attention_in_blocks():
+def test_gradients_of_attention_with_positions():
     with torch.enable_grad():
         inputs = [torch.randn(shape, requires_grad=True) for shape in [(1, 2, 16, 4)] * 3 + [(1, 2, 4, 4, 4)] * 2]
         q, k, v, by_row, by_column = inputs
         bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(1, 2, 16, 16)
         towards = torch.randn(1, 2, 16, 4)
-        gradients = torch.autograd.grad((attention_in_blocks(*inputs, limit=64) * towards).sum(), inputs)
+        gradients = torch.autograd.grad((attention_with_positions(*inputs, limit=64) * towards).sum(), inputs)
         expected = torch.autograd.grad((attention(q, k, v, bias)[0] * towards).sum(), inputs)
     for ours, theirs in zip(gradients, expected):
         assert_close(ours, theirs, 1e-5)
