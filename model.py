@@ -291,7 +291,8 @@ class KVCache:
         self.length = 0
         self.layers = [
             [
-                torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device)
+                # Zeros, because a step of fixed shape reads all of it, and what a mask hides must not be NaN.
+                torch.zeros(batch_size, heads, capacity, width, dtype=dtype, device=device)
                 for heads, width in config.cached
             ]
             for _ in range(config.num_hidden_layers)
@@ -1068,9 +1069,12 @@ class QuantizedLinear(nn.Module):
 
     def integers(self) -> Tensor:
         """q, (out, in): int8, or uint8 from 0 to 15."""
-        if self.weight.dtype == torch.int8:
-            return self.weight
-        return torch.stack((self.weight >> 4, self.weight & 15), dim=-1).flatten(1)
+        return self.weight if self.weight.dtype == torch.int8 else self.halves(self.weight)
+
+    @staticmethod
+    def halves(weight: Tensor) -> Tensor:
+        """(out, in / 2) of two inputs a byte -> (out, in), from 0 to 15."""
+        return torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1)
 
     def dequantized(self) -> Tensor:
         """W, (out, in), in the scales' dtype; the two equations above, in float32."""
@@ -1159,8 +1163,8 @@ class PackedQuantizedLinear(nn.Module):
         """The integers as the device's kernel wants them; opaque but for what `widened` knows."""
         if linear.weight.device.type == "cuda":
             return torch.ops.aten._convert_weight_to_int4pack(linear.weight, 8)
-        pieces = linear.integers().split(4096)  # it wants int32, eight times as large: so not all at once
-        return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(piece.int(), 1) for piece in pieces])
+        pack, pieces = torch.ops.aten._convert_weight_to_int4pack_for_cpu, linear.weight.split(4096)
+        return torch.cat([pack(linear.halves(piece).int(), 1) for piece in pieces])  # int32 is large: not all at once
 
     @staticmethod
     def suits(module: nn.Module) -> bool:

@@ -3,6 +3,9 @@
     python tests/bench.py            everything
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
     python tests/bench.py sam        the 7B's high-resolution branch
+    python tests/bench.py quantize   prefill and decode in bfloat16, int8 and int4, eager and compiled
+    python tests/bench.py growth     int4: prefill by tokens and images, decode by cache length and rows
+    python tests/bench.py small      int4: private memory and time of 1.3B and 7B; writes 19 GB of random files
     python tests/bench.py load       loading a float16 file: seconds, and private memory at its peak
     python tests/bench.py vl2        DeepSeek-VL2 tiny, beside what the machine allows; prefill by chunks
 
@@ -30,8 +33,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from generate import generate  # noqa: E402
-from load_weights import OFFICIAL, TRANSFORMERS, Layout, expected_tensors, load_model  # noqa: E402
+from generate import CompiledStep, decode, generate  # noqa: E402
+from load_weights import (  # noqa: E402
+    OFFICIAL,
+    TRANSFORMERS,
+    Layout,
+    expected_tensors,
+    load_model,
+    read_config,
+    save_checkpoint,
+)
 from model import (  # noqa: E402
     DeepseekVL,
     ExpertsConfig,
@@ -39,6 +50,9 @@ from model import (  # noqa: E402
     MixtureOfExperts,
     ModelConfig,
     PackedLinear,
+    PackedQuantizedLinear,
+    QuantizedLinear,
+    layers_to_quantize,
     pack_linears,
 )
 from vision import SAM, SAMConfig, SigLIPConfig, TileConfig  # noqa: E402
@@ -91,10 +105,16 @@ def prompt() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def our_model() -> DeepseekVL:
+def our_model(quantize: str | None = None) -> DeepseekVL:
     with torch.device("meta"):
         model = DeepseekVL(CONFIG).to(torch.bfloat16)
-    return fill(model.to_empty(device="cpu")).pack()
+    model = fill(model.to_empty(device="cpu"))
+    if quantize is not None:
+        for name, kind in layers_to_quantize(model, quantize).items():
+            parent, _, layer = name.rpartition(".")
+            weight = model.get_submodule(name).weight
+            setattr(model.get_submodule(parent), layer, QuantizedLinear.from_weight(weight, kind, torch.bfloat16))
+    return model.pack()
 
 
 def language_config() -> dict:
@@ -143,11 +163,18 @@ def their_model() -> torch.nn.Module:
     return fill(model)
 
 
-def one_row_products(packed: bool) -> Callable:
-    """Products of one row with 24 weights of `WEIGHT_GB`: more than any cache holds, as in a decode step."""
+def one_row_products(kind: str) -> Callable:
+    """Products of one row with 24 weights of `WEIGHT_GB`: more than any cache holds, as in a decode step.
+
+    kind: "plain", "packed", "int8" or "int4".
+    """
     row = torch.randn(1, 2048, dtype=torch.bfloat16)
     weights = [torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in range(24)]
-    if packed and PackedLinear.suits(weights[0]):
+    if kind in ("int8", "int4"):
+        weights = [QuantizedLinear.from_weight(weight.weight, kind, torch.bfloat16) for weight in weights]
+        if PackedQuantizedLinear.suits(weights[0]):
+            weights = [PackedQuantizedLinear(weight) for weight in weights]
+    elif kind == "packed" and PackedLinear.suits(weights[0]):
         weights = [PackedLinear(weight) for weight in weights]
     return lambda: [weight(row) for weight in weights]
 
@@ -164,8 +191,8 @@ def machine() -> dict[str, float]:
         {
             "matmul": lambda: linear(x),
             "packed matmul": lambda: packed(x),
-            "row": one_row_products(packed=False),
-            "packed row": one_row_products(packed=True),
+            "row": one_row_products("plain"),
+            "packed row": one_row_products("packed"),
         },
         turns=7,
     )
@@ -187,6 +214,37 @@ def print_rates(rates: dict[str, float]) -> None:
     )
 
 
+def our_decode(model: DeepseekVL, compiled: bool = False, past: int = PROMPT, rows: int = 1) -> Callable:
+    """NEW_TOKENS steps after `past` tokens."""
+    cache = model.new_cache(rows, past + NEW_TOKENS)
+    step = CompiledStep(model, lambda why: print(f"not compiled: {why}")) if compiled else None
+
+    def decode():
+        cache.length = past
+        token = torch.ones(rows, 1, dtype=torch.long)
+        for _ in range(NEW_TOKENS):
+            logits = step(token, cache, None) if step else model(input_ids=token, cache=cache).logits[:, -1]
+            token = logits.argmax(-1, keepdim=True)
+
+    return decode
+
+
+def their_decode(model: torch.nn.Module) -> Callable:
+    from transformers import DynamicCache
+
+    def decode():
+        past = DynamicCache()
+        shape = (1, CONFIG.language.num_key_value_heads, PROMPT, CONFIG.language.head_dim)
+        for layer in range(CONFIG.language.num_hidden_layers):
+            past.update(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16), layer)
+        token = torch.ones(1, 1, dtype=torch.long)
+        for _ in range(NEW_TOKENS):
+            output = model(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+
+    return decode
+
+
 @torch.inference_mode()
 def compute() -> None:
     rates = machine()
@@ -195,27 +253,8 @@ def compute() -> None:
     batch = prompt()
     ids, pixels = batch["input_ids"], batch["pixel_values"]
 
-    def decode_ours():
-        cache = ours.new_cache(1, PROMPT + NEW_TOKENS)
-        cache.length = PROMPT
-        for layer in cache.layers:
-            for tensor in layer:
-                tensor.zero_()
-        token = ids[:, :1]
-        for _ in range(NEW_TOKENS):
-            token = ours(input_ids=token, cache=cache).logits[:, -1].argmax(-1, keepdim=True)
-
-    from transformers import DynamicCache
-
-    def decode_theirs():
-        past = DynamicCache()
-        shape = (1, CONFIG.language.num_key_value_heads, PROMPT, CONFIG.language.head_dim)
-        for layer in range(CONFIG.language.num_hidden_layers):
-            past.update(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16), layer)
-        token = ids[:, :1]
-        for _ in range(NEW_TOKENS):
-            output = theirs(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
+    decode_ours = our_decode(ours)
+    decode_theirs = their_decode(theirs)
 
     def prefill_ours():
         ours(input_ids=ids, pixel_values=pixels, cache=ours.new_cache(1, PROMPT), logits_to_keep=1)
@@ -281,6 +320,76 @@ def sam() -> None:
     )
 
 
+# ---------------------------------------------------------------------------- int8, int4
+
+
+def weight_bytes(model: DeepseekVL) -> int:
+    """What a decode step reads: the decoder's layers and the head, scales included."""
+    language = CONFIG.language
+    if isinstance(model.lm_head, PackedLinear):
+        layer = 4 * language.hidden_size**2 + 3 * language.hidden_size * language.intermediate_size
+        return 2 * (language.num_hidden_layers * layer + language.hidden_size * language.vocab_size)
+    packed = [module for module in model.modules() if isinstance(module, PackedQuantizedLinear)]
+    return sum(module.weight.nbytes + module.scales.nbytes for module in packed)
+
+
+@torch.inference_mode()
+def quantize() -> None:
+    theirs, batch = their_model(), prompt()
+    ours = {"bfloat16": our_model(), "int8": our_model("int8"), "int4": our_model("int4")}
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+
+    def prefill(model: DeepseekVL) -> Callable:
+        return lambda: model(input_ids=ids, pixel_values=pixels, cache=model.new_cache(1, PROMPT), logits_to_keep=1)
+
+    runs = {"transformers": lambda: theirs(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)}
+    times = seconds(runs | {name: prefill(model) for name, model in ours.items()}, turns=3)
+    for name, taken in times.items():
+        print(f"prefill {name:16}{taken:7.2f} s   {taken / times['bfloat16']:.2f} of our bfloat16")
+
+    runs = {"transformers": their_decode(theirs)} | {name: our_decode(model) for name, model in ours.items()}
+    runs |= {f"{name}, compiled": our_decode(ours[name], compiled=True) for name in ("int8", "int4")}
+    runs |= {f"rows {kind}": one_row_products(kind) for kind in ("plain", "packed", "int8", "int4")}
+    times = seconds(runs, turns=5)
+    share = {"bfloat16": 1.0, "int8": 0.5, "int4": 0.25}
+    rates = {"bfloat16": 24 * WEIGHT_GB / times["rows packed"]}
+    rates |= {kind: 24 * WEIGHT_GB * share[kind] / times[f"rows {kind}"] for kind in ("int8", "int4")}
+    print("one-row products read: " + ", ".join(f"{kind} {rate:.1f} GB/s" for kind, rate in rates.items()))
+    for name, taken in times.items():
+        if name.startswith("rows"):
+            continue
+        line = f"decode {name:17}{NEW_TOKENS / taken:6.1f} tokens/s, {times['transformers'] / taken:.2f} x transformers"
+        kind = name.partition(",")[0]
+        if kind in ours:
+            read = weight_bytes(ours[kind]) * NEW_TOKENS / taken / 1e9
+            line += f"   reads {read:.1f} GB/s, {read / rates[kind]:.0%} of one-row products"
+        print(line)
+
+
+@torch.inference_mode()
+def growth() -> None:
+    """What int4 costs over the prompt's length, images, the cache's length and the rows of a batch."""
+    model = our_model("int4")
+
+    def prefill(tokens: int, images: int) -> Callable:
+        ids = torch.randint(0, 100000, (1, tokens))
+        ids[:, : images * IMAGE_TOKENS] = CONFIG.image_token_id
+        pixels = torch.randn(images, 3, 384, 384).to(torch.bfloat16) if images else None
+
+        def run():
+            model(input_ids=ids, pixel_values=pixels, cache=model.new_cache(1, tokens), logits_to_keep=1)
+
+        return run
+
+    cases = [(tokens, 0) for tokens in (256, 512, 1024, 2048, 4096)] + [(64 + 576 * n, n) for n in (1, 2, 3, 4)]
+    for tokens, images in cases:
+        taken = seconds({"run": prefill(tokens, images)}, turns=3 if tokens < 2000 else 1)["run"]
+        print(f"prefill {tokens:5} tokens, {images} images: {taken:6.2f} s, {taken / tokens * 1e3:.2f} ms a token")
+    for past, rows in [(past, 1) for past in (128, 512, 1024, 2048, 4096)] + [(640, rows) for rows in (1, 2, 4, 8)]:
+        taken = seconds({"run": our_decode(model, past=past, rows=rows)}, turns=2)["run"] / NEW_TOKENS
+        print(f"decode after {past:4} tokens, {rows} rows: {taken * 1e3:6.1f} ms a step, {rows / taken:5.1f} tokens/s")
+
+
 # ---------------------------------------------------------------------------- loading and memory
 
 
@@ -313,24 +422,25 @@ class PeakMemory:
 
 
 def write_checkpoint(folder: Path, layout: Layout, config: dict) -> None:
-    """A random float16 checkpoint of full size, in one file."""
+    """A random float16 checkpoint of full size, in shards of about a gigabyte."""
     from safetensors.torch import save_file
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = DeepseekVL(CONFIG)
-    expected = expected_tensors(model, layout, set())
+        model = DeepseekVL(read_config(folder))
     noise = (torch.rand(2**20) - 0.5).half() * 0.06
-    tensors = {
-        name: noise.repeat(-(-math.prod(t.shape) // 2**20))[: math.prod(t.shape)].view(t.shape)
-        for name, t in expected.items()
-    }
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    shard, weight_map = {}, {}
+    expected = list(expected_tensors(model, layout, set()).items())
+    for i, (name, target) in enumerate(expected):
+        count = math.prod(target.shape)
+        shard[name] = noise.repeat(-(-count // 2**20))[:count].view(target.shape).contiguous()
+        weight_map[name] = f"model-{i:05}.safetensors"
+        if sum(tensor.nbytes for tensor in shard.values()) > 1e9 or i == len(expected) - 1:
+            weight_map |= dict.fromkeys(shard, weight_map[name])
+            save_file(shard, folder / weight_map[name], metadata={"format": "pt"})
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def measure_in_child(who: str, folder: Path, dtype: str) -> dict:
@@ -379,16 +489,33 @@ def child(who: str, folder: str, dtype: str) -> None:
     )
 
 
+ONE_B = {
+    "model_type": "multi_modality",
+    "vision_config": {"cls": "CLIPVisionTower", "params": {"model_name": "siglip_large_patch16_384"}},
+    "aligner_config": {"params": {"projector_type": "mlp_gelu", "depth": 2}},
+    "language_config": language_config() | {"torch_dtype": "float16"},
+}
+SEVEN_B = {
+    "model_type": "multi_modality",
+    "vision_config": {
+        "cls": "HybridVisionTower",
+        "params": {
+            "high_res_cfg": {"model_name": "sam_b_downsample"},
+            "low_res_cfg": {"model_name": "siglip_large_patch16_384"},
+        },
+    },
+    "aligner_config": {"params": {"projector_type": "low_high_hybrid_split_mlp_gelu", "depth": 2}},
+    "language_config": {
+        "model_type": "llama", "vocab_size": 102400, "intermediate_size": 11008, "num_hidden_layers": 30,
+        "max_position_embeddings": 16384,
+    },
+}  # fmt: skip
+
+
 def load() -> None:
-    official = {
-        "model_type": "multi_modality",
-        "vision_config": {"cls": "CLIPVisionTower", "params": {"model_name": "siglip_large_patch16_384"}},
-        "aligner_config": {"params": {"projector_type": "mlp_gelu", "depth": 2}},
-        "language_config": language_config() | {"torch_dtype": "float16"},
-    }
     with tempfile.TemporaryDirectory() as temporary:
         ours, theirs = Path(temporary) / "official", Path(temporary) / "transformers"
-        write_checkpoint(ours, OFFICIAL, official)
+        write_checkpoint(ours, OFFICIAL, ONE_B)
         write_checkpoint(theirs, TRANSFORMERS, transformers_config().to_dict())
         print(
             f"{'':28}{'seconds':>9}{'model MiB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MiB)"
@@ -401,6 +528,42 @@ def load() -> None:
                     f"{who + ', float16 -> ' + dtype:28}{middle['seconds']:9.2f}{middle['size']:10.0f}"
                     f"{middle['loading']:14.0f}{middle['answering']:16.0f}"
                 )
+
+
+def small() -> None:
+    """int4 from float16 files, then from the saved int4 file: seconds, and private memory at its peak."""
+    for name, config in (("1.3B", ONE_B), ("7B", SEVEN_B)):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, saved = Path(temporary) / "float16", Path(temporary) / "int4"
+            write_checkpoint(folder, OFFICIAL, config)
+            for start, arguments in (("first", (folder, saved)), ("second", (saved,))):
+                command = [sys.executable, __file__, "small-child", *map(str, arguments)]
+                print(f"{name}, {start} start: ", end="", flush=True)
+                subprocess.run(command, check=True)
+
+
+def small_child(folder: str, saved: str | None = None) -> None:
+    before, start = private_megabytes(), time.perf_counter()
+    with PeakMemory() as loading:
+        model = load_model(folder, dtype=torch.bfloat16, quantize="int4")
+    loaded = time.perf_counter() - start
+    if saved is not None:
+        save_checkpoint(model, folder, saved)
+    trim()
+    batch = prompt()
+    batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
+    if hasattr(model.config.vision, "high"):
+        batch["pixel_values"] = torch.rand(1, 3, 1024, 1024)
+    with PeakMemory() as answering:
+        start = time.perf_counter()
+        model.pack()
+        packed = time.perf_counter() - start
+        times = [time.perf_counter() for _ in decode(model, batch, max_new_tokens=17)]
+    print(
+        f"loaded in {loaded:.1f} s and packed in {packed:.1f} s; private MiB at peak: {loading.peak - before:.0f} "
+        f"loading, {answering.peak - before:.0f} answering; first token of {PROMPT} tokens with an image after "
+        f"{times[0] - start - packed:.1f} s, then {16 / (times[-1] - times[0]):.1f} tokens/s"
+    )
 
 
 # ---------------------------------------------------------------------------- DeepSeek-VL2 tiny
@@ -466,8 +629,8 @@ def vl2() -> None:
             "vision": lambda: model.vision(pixels),
             "prefill": prefill,
             "decode": decode,
-            "row": one_row_products(packed=False),
-            "packed row": one_row_products(packed=True),
+            "row": one_row_products("plain"),
+            "packed row": one_row_products("packed"),
         },
         turns=7,
     )
@@ -522,10 +685,20 @@ def trim() -> None:
 
 
 if __name__ == "__main__":
-    sections = {"compute": compute, "sam": sam, "load": load, "vl2": vl2}
+    sections = {
+        "compute": compute,
+        "sam": sam,
+        "quantize": quantize,
+        "growth": growth,
+        "small": small,
+        "load": load,
+        "vl2": vl2,
+    }
     if sys.argv[1:2] == ["child"]:
         child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["small-child"]:
+        small_child(*sys.argv[2:])
     else:
         for name in sys.argv[1:] or sections:
-            print(f"\n== {name}")
+            print(f"\n== {name}", flush=True)
             sections[name]()

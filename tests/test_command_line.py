@@ -181,6 +181,35 @@ def test_dtypes(dtype, answer, loaded):
     assert loaded == [(dtype, "cpu")]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_and_saved(kind, run, answer, desk):
+    """The saved checkpoint gives the same answer, at once or later, and a failed --save leaves nothing behind."""
+    saved, other = f"--model saved-{kind}", {"int8": "int4", "int4": "int8"}[kind]
+    first = answer(f"{LOOK} --quantize {kind} --save saved-{kind}")
+    assert first == answer(f"{LOOK} --quantize {kind}") == answer(LOOK.replace("--model model", saved))
+    refused = run(f"{ASK.replace('--model model', saved)} --quantize {other} --save no")
+    assert refused.status == 2 and f"holds {kind} weights, which cannot become" in refused.err
+    assert not (desk / "no").exists()
+
+
+def test_compile_changes_nothing_or_says_why_not(run, answer, monkeypatch):
+    expected = answer(LOOK)
+    result = run(f"{LOOK} --compile")
+    assert result.status == 0 and result.out == expected
+    assert result.err == "" or (result.err.startswith("--compile: not possible here") and result.err.count("\n") == 1)
+
+    def broken(*arguments, **options):
+        def fails(*arguments):
+            raise RuntimeError("\nno C++ compiler\nmore")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = run(f"{LOOK} --compile")
+    assert (result.status, result.out) == (0, expected)
+    assert result.err == "--compile: not possible here, going on without it (no C++ compiler)\n"
+
+
 @pytest.mark.parametrize("seconds, dtype", [(1.0, torch.bfloat16), (3.0, torch.float32)], ids=["native", "emulated"])
 def test_auto_takes_what_is_here_and_fast(seconds, dtype, answer, loaded, monkeypatch):
     for device in (torch.cuda, torch.backends.mps):
@@ -413,8 +442,11 @@ DAMAGED_MODELS = {
 # What is wrong with the command: words of the one line that says so.
 BAD_COMMANDS = {
     # The command itself.
-    "": "--model is missing, expected a checkpoint folder",
-    "--prompt Hello": "--model is missing, expected a checkpoint folder",
+    "": "nothing to do: give --image, --prompt or both",
+    f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
+    f"{ASK} --quantize int3": "--quantize: invalid choice",
+    f"{ASK} --quantize int8 --save model": "model: expected the name of a new folder",
+    f"{ASK} --quantize int8 --save nowhere/new": "expected the name of a new folder, in a folder that is there",
     "--model model": "nothing to do: give --image, --prompt or both",
     f"{ASK} --verbose": "unrecognized arguments: --verbose",
     f"{ASK} picture.png": "unrecognized arguments: picture.png",
@@ -483,6 +515,12 @@ BAD_COMMANDS = {
     "--model wrong-shape --prompt Hello": f"tensor {NORM} has shape [65], config.json says [64]",
     "--model other-tokenizer --prompt Hello": "the tokenizer gives id 600, the model knows ids below 512",
 }
+
+
+def test_without_a_model_and_without_the_demo(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(generate, "DEMO", tmp_path / "demo")
+    result = run("--prompt Hello")
+    assert (result.status, result.out) == (2, "") and result.err.startswith("error: --model is missing, expected a")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     KINDS,
+    VL2_GOLDENS,
     VL_GOLDENS,
     VOCABULARY,
     alone,
@@ -15,9 +16,21 @@ from conftest import (
     golden_model,
     needs_shared,
     random_batch,
+    skip_unless_packable,
 )
 
-from generate import TextStream, choose, generate, keep_top_k, keep_top_p, penalize_repetition, prefill, stream
+from generate import (
+    CompiledStep,
+    TextStream,
+    choose,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    prefill,
+    stream,
+)
+from load_weights import load_model
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -63,7 +76,7 @@ def test_golden_prompt_in_chunks(name, chunk_size):
 def random_logits(kind: str) -> torch.Tensor:
     """(4, 50): all different; halves, so that many are equal; or all equal in a row."""
     logits = torch.randn(4, 50) * 3
-    return {"different": logits, "ties": (logits * 2).round() / 2, "equal": logits[:, :1].expand(4, 50)}[kind]
+    return {"different": logits, "ties": (logits * 2).round() / 2, "equal": logits[:, :1].repeat(1, 50)}[kind]
 
 
 all_logits = pytest.mark.parametrize("logits", ["different", "ties", "equal"])
@@ -391,3 +404,48 @@ def test_text_stream_equals_decoding_all_at_once(name):
         text_stream = TextStream(tokenizer)
         shown = "".join(text_stream.push(token) for token in ids) + text_stream.finish()
         assert shown == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------ steps of one shape, compiled
+
+
+@needs_shared
+@pytest.mark.parametrize("name", [*VL_GOLDENS, *VL2_GOLDENS])
+def test_a_step_of_fixed_shape_is_a_decode_step(name):
+    """Uncompiled, for a padded batch and for one row alone, without a mask: the same ids and the same logits."""
+    model, processor = golden_model(name)
+    conversations = [[{"role": "user", "content": text}] for text in ("Hello", "A longer question than that?")]
+    for batch in (processor(conversations), processor(conversations[0])):
+        plain, fixed = generate(model, batch, max_new_tokens=9), uncompiled(model)
+        assert generate(model, batch, max_new_tokens=9, compiled=fixed) == plain
+        assert generate(model, batch, max_new_tokens=9, compiled=fixed, repetition_penalty=1.3) == generate(
+            model, batch, max_new_tokens=9, repetition_penalty=1.3
+        )
+
+
+def uncompiled(model) -> CompiledStep:
+    step = CompiledStep(model)
+    step.compiled = model.fixed_shape_step
+    return step
+
+
+@needs_shared
+@pytest.mark.parametrize("name, kind", [("vl-siglip", None), ("vl-siglip", "int4"), ("vl2-mla", "int8")])
+def test_compiled(name, kind):
+    """Really through torch.compile, where there is a C++ compiler: the same ids."""
+    folder = golden(name).folder
+    model, processor = load_model(folder, dtype=torch.float32, quantize=kind).pack(), golden_model(name)[1]
+    batch = processor([{"role": "user", "content": "Hello"}])
+    reasons: list[str] = []
+    compiled = generate(model, batch, max_new_tokens=6, compiled=CompiledStep(model, reasons.append))
+    assert compiled == generate(model, batch, max_new_tokens=6)
+    if reasons:
+        pytest.skip(f"cannot compile here: {reasons[0]}")
+
+
+@needs_shared
+def test_bfloat16_packed_for_a_cpu_is_not_compiled():
+    model = load_model(golden("vl-siglip").folder, dtype=torch.bfloat16)
+    skip_unless_packable(model.lm_head)
+    reasons: list[str] = []
+    assert CompiledStep(model.pack(), reasons.append).compiled is None and "packed" in reasons[0]
