@@ -142,17 +142,21 @@ class CompiledStep:
     """A model's decode step through torch.compile, on CUDA as a graph that is replayed.
 
     Compiles at the first step, which takes a minute or so, and anew for another number of rows or capacity of the
-    cache. Where that cannot be done, as for `PackedLinear` or without a C++ compiler, `failed` is told why, once,
-    and steps are as without it.
+    cache, which `decode` therefore rounds up to a multiple of `CAPACITY`. Where that cannot be done, as for
+    `PackedLinear` layers or without a C++ compiler, `failed` is told why, once, and steps are as without it.
     """
+
+    CAPACITY = 256
 
     def __init__(self, model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None):
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.failed = failed
+        self.failed, self.cache = failed, None
+        # Layers with experts are compiled one by one, because which experts run depends on values.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         self.compiled = torch.compile(model.fixed_shape_step, mode=mode, dynamic=False)
-        if any(isinstance(module, PackedLinear) for module in (*model.language.modules(), model.lm_head)):
+        if any(isinstance(module, PackedLinear) for module in model.language.modules()):
             self.compiled = None
-            failed("the compiler does not know bfloat16 weights packed for a CPU; it does quantized ones")
+            failed("the compiler does not know bfloat16 weights packed for a CPU")
 
     def __call__(self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor | None:
         """
@@ -162,6 +166,10 @@ class CompiledStep:
         """
         if self.compiled is None:
             return None
+        if cache is not self.cache and ids.device.type == "cuda":  # a graph may then write into it where it lies
+            for tensor in (tensor for layer in cache.layers for tensor in layer):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.cache = cache
         position = torch.tensor([cache.length], device=ids.device)
         try:
             logits = self.compiled(ids, position, cache.layers, attention_mask)
@@ -200,6 +208,8 @@ def decode(
         raise ValueError(f"the prompt has {T} tokens, the model's context holds {context}")
     steps = min(max_new_tokens, context - T + 1)  # the last id is never fed back
     capacity = T + steps - 1
+    if compiled is not None:
+        capacity = -(-capacity // compiled.CAPACITY) * compiled.CAPACITY
     cache = model.new_cache(B, capacity)
 
     attention_mask = batch.get("attention_mask")

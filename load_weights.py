@@ -24,7 +24,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -746,6 +746,9 @@ def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, Weight
         with torch.device("meta"):
             layer = QuantizedLinear.empty((linear.out_features, linear.in_features), kind)
         setattr(model.get_submodule(parent_name), layer_name, layer)
+    if len(kinds) > 1:
+        folder = next(iter(files.values())).path.parent
+        raise ValueError(f"{folder}: holds both int8 and int4 layers, expected one kind")
     return min(kinds, default=None)
 
 
@@ -809,6 +812,9 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     unfinished = folder / f".{os.getpid()}.model.safetensors"
     try:
         save_file(tensors, unfinished, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from None
+    else:
         unfinished.replace(folder / "model.safetensors")
     finally:
         unfinished.unlink(missing_ok=True)
@@ -824,8 +830,8 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
     source, path = Path(source), Path(path)
     check_new_folder(path)
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    unfinished.mkdir()
     try:
-        unfinished.mkdir()
         for file in sorted(source.iterdir()):
             describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
             if describes or file.name == "tokenizer.model":

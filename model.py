@@ -971,7 +971,7 @@ class DeepseekVL(nn.Module):
         position_ids = position[None]  # (1, 1)
         if attention_mask is not None:
             visible = visible & attention_mask.bool()[:, None, None]
-            position_ids = position_ids - (1 - attention_mask).sum(dim=-1, keepdim=True)
+            position_ids = position_ids - (~attention_mask.bool()).sum(dim=-1, keepdim=True)
         x = self.language.embed_tokens(ids)
         x, _, _ = self.language(x, position_ids, visible, FixedShapeCache(layers, position))
         return self.lm_head(x)[:, -1]
@@ -1009,14 +1009,14 @@ class QuantizedLinear(nn.Module):
     This is the plain form, which makes the weights wide again and multiplies:
 
         int8    W[n, k] = q[n, k] * scale[n]                                q from -127 to 127
-        int4    W[n, k] = (q[n, k] - 8) * scale[k // g, n] + middle[k // g, n]     q from 0 to 15
+        int4    W[n, k] = (q[n, k] - 8) * scale[k // g, n] + offset[k // g, n]     q from 0 to 15
 
-    So int8 has a scale for each output, and int4 a scale and a middle for each group of g inputs of each output. They
+    So int8 has a scale for each output, and int4 a scale and an offset for each group of g inputs of each output. They
     are chosen such that a row's largest weight, or a group's least and largest, are met; each weight goes to the
     nearest of the values (round to nearest; LLM.int8(), arXiv 2208.07339, and GPTQ, 2210.17323, call it the baseline).
 
     weight: int8 (out, in); for int4 uint8 (out, in / 2), in each byte two inputs, the first in its high half.
-    scales: (out,), for int4 (in / g, out, 2), scale and middle, in the dtype of the layer's input and output.
+    scales: (out,), for int4 (in / g, out, 2), scale and offset, in the dtype of the layer's input and output.
     """
 
     def __init__(self, weight: Tensor, scales: Tensor):
@@ -1062,10 +1062,10 @@ class QuantizedLinear(nn.Module):
         wide = wide.unflatten(1, (-1, group))  # (out, groups, g)
         least, largest = wide.aminmax(dim=2)
         scale = ((largest - least) / 15).to(dtype)
-        middle = (least + 8 * scale.float()).to(dtype)
-        q = (wide - middle.float()[..., None]).div_(scale.float().clamp(min=tiny)[..., None])
+        offset = (least + 8 * scale.float()).to(dtype)  # the value of q = 8
+        q = (wide - offset.float()[..., None]).div_(scale.float().clamp(min=tiny)[..., None])
         q = q.add_(8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)  # (out, in)
-        return cls(q[:, 0::2] << 4 | q[:, 1::2], torch.stack((scale.T, middle.T), dim=-1))
+        return cls(q[:, 0::2] << 4 | q[:, 1::2], torch.stack((scale.T, offset.T), dim=-1))
 
     def integers(self) -> Tensor:
         """q, (out, in): int8, or uint8 from 0 to 15."""
@@ -1081,8 +1081,8 @@ class QuantizedLinear(nn.Module):
         q, scales = self.integers().float(), self.scales.float()
         if self.weight.dtype == torch.int8:
             return (q * scales[:, None]).to(self.scales.dtype)
-        scale, middle = scales.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1) both
-        W = (q.unflatten(1, (-1, self.group)) - 8) * scale + middle
+        scale, offset = scales.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1) both
+        W = (q.unflatten(1, (-1, self.group)) - 8) * scale + offset
         return W.flatten(1).to(self.scales.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1115,13 +1115,14 @@ class PackedLinear(nn.Module):
         self.bias = biases[0]
 
     @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is a plain linear layer that the packed kernels of this machine can do."""
-        if not isinstance(module, nn.Linear) or module.weight.dtype != torch.bfloat16:
+    def suits(*modules: nn.Module | None) -> bool:
+        """Whether these are plain linear layers that the packed kernels of this machine can do."""
+        if not all(isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16 for module in modules):
             return False
-        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        on_cpu = all(module.weight.device.type == "cpu" for module in modules) and torch.backends.mkldnn.is_available()
         return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+    @torch.compiler.disable  # the compiler does not know such weights
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both bfloat16."""
         if x.shape[:-1].numel() == 1:
@@ -1167,26 +1168,30 @@ class PackedQuantizedLinear(nn.Module):
         return torch.cat([pack(linear.halves(piece).int(), 1) for piece in pieces])  # int32 is large: not all at once
 
     @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is a quantized layer that the kernels of this machine can do."""
-        if not isinstance(module, QuantizedLinear):
+    def suits(*modules: nn.Module | None) -> bool:
+        """Whether these are layers quantized alike that the kernels of this machine can do."""
+        if not all(isinstance(module, QuantizedLinear) for module in modules):
             return False
-        rows, width, device = len(module.weight), module.in_features, module.weight.device
-        if module.weight.dtype == torch.int8:
-            kind, fits = "int8", width % 32 == 0  # of other widths the kernel drops the rest, or worse
+        if len({module.weight.dtype for module in modules}) > 1:
+            return False
+        first, rows = modules[0], [len(module.weight) for module in modules]
+        if first.weight.dtype == torch.int8:
+            kind, fits = "int8", first.in_features % 32 == 0  # of other widths the kernel drops the rest, or worse
         else:
-            kind, fits = "int4", rows % 64 == 0 and width % (128 if device.type == "cuda" else 64) == 0
-        return fits and kernel_agrees(kind, module.scales.dtype, device)
+            least = 128 if first.weight.device.type == "cuda" else 64
+            kind, fits = "int4", first.in_features % least == 0 and all(count % 64 == 0 for count in rows)
+        return fits and kernel_agrees(kind, first.scales.dtype, first.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both in the scales' dtype."""
         rows = x.flatten(0, -2)
-        few = len(rows) <= self.FEW_ROWS[self.bits] or (self.bits == 4 and x.device.type != "cpu")
+        few = len(rows) <= self.FEW_ROWS[self.bits] or not self.can_widen()
         out = self.multiply(rows) if few else self.widen_and_multiply(rows)
         return out.view(*x.shape[:-1], -1)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The kernels. (rows, in) -> (rows, out)."""
+        rows = rows.contiguous()
         if self.bits == 8:
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
         on_cpu = rows.device.type == "cpu"
@@ -1194,10 +1199,13 @@ class PackedQuantizedLinear(nn.Module):
         return kernel(rows, self.weight, self.group, self.scales)
 
     def widen_and_multiply(self, rows: Tensor) -> Tensor:
-        """A plain matmul; int8's scales, one for each output, can wait until after it."""
+        """A plain matmul."""
         if self.bits == 8:
-            return F.linear(rows, self.weight.to(rows.dtype)).mul_(self.scales)
+            return F.linear(rows, self.weight.to(rows.dtype).mul_(self.scales[:, None]))
         return rows @ self.widened()
+
+    def can_widen(self) -> bool:
+        return self.bits == 8 or (self.weight.device.type == "cpu" and int4_layout_is_known())
 
     def widened(self) -> Tensor:
         """int4's W, transposed to (in, out), from the CPU's layout.
@@ -1212,27 +1220,34 @@ class PackedQuantizedLinear(nn.Module):
         halves[..., :32] = signed << 4 >> 4
         halves[..., 32:] = signed >> 4
         wide = wide.view(width // self.group, self.group, blocks * 64)
-        scale, middle = (part.contiguous()[:, None] for part in self.scales.unbind(-1))  # (groups, 1, out) both
-        return torch.addcmul(middle, wide, scale, out=wide).view(width, -1)
+        scale, offset = (part.contiguous()[:, None] for part in self.scales.unbind(-1))  # (groups, 1, out) both
+        return torch.addcmul(offset, wide, scale, out=wide).view(width, -1)
+
+
+def small_example(kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
+    weight = torch.linspace(-1, 1, 128 * 256).sin().view(128, 256).to(device)
+    return QuantizedLinear.from_weight(weight, kind, dtype)
 
 
 @lru_cache
 def kernel_agrees(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the packed kernels give the plain form's results here, for few and many rows of a small layer.
-
-    Not every device has them, nor has every CPU the layout that `widened` knows.
-    """
-    weight = torch.linspace(-1, 1, 128 * 256).sin().view(128, 256).to(device)
-    plain = QuantizedLinear.from_weight(weight, kind, dtype)
-    many = max(PackedQuantizedLinear.FEW_ROWS.values()) + 1
-    x = torch.linspace(-3, 3, 256 * many).cos().view(many, 256).to(device, dtype)
+    """Whether this device has a kernel, and it gives the plain form's results for a small layer."""
+    plain = small_example(kind, dtype, device)
+    x = torch.linspace(-3, 3, 4 * 256).cos().view(4, 256).to(device, dtype)
     expected = plain(x).float()
     try:
         packed = PackedQuantizedLinear(plain)
-        results = packed(x).float(), torch.cat([packed(x[:3]), packed(x[3:4])]).float()
-    except (RuntimeError, NotImplementedError):
+        results = packed.multiply(x).float(), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:]))).float()
+    except (RuntimeError, AttributeError):  # not for this device or dtype; not in this version of torch
         return False
-    return all(bool((out - expected[: len(out)]).norm() < 0.02 * expected[: len(out)].norm()) for out in results)
+    return all(bool((out - expected).norm() < 0.02 * expected.norm()) for out in results)
+
+
+@lru_cache
+def int4_layout_is_known() -> bool:
+    """Whether this CPU's kernel uses the layout that `widened` reads: it depends on the width of its vectors."""
+    plain = small_example("int4", torch.float32, torch.device("cpu"))
+    return torch.allclose(PackedQuantizedLinear(plain).widened().T, plain.dequantized(), atol=1e-6)
 
 
 PACKED = (PackedLinear, PackedQuantizedLinear)
@@ -1246,16 +1261,21 @@ def products(x: Tensor, *linears: nn.Module | None) -> Sequence[Tensor]:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` that can be packed, and free it; those of the `same_input` by one."""
+    """Replace every linear layer inside `module` that can be packed, and free it; those of the `same_input` by one.
+
+    Of the `same_input` all are packed or none, since `products` takes them so.
+    """
     names = getattr(module, "same_input", ())
     linears = [getattr(module, name) for name in names]
     for packed in PACKED:
-        if linears and all(packed.suits(linear) for linear in linears):
+        if linears and packed.suits(*linears):
             for name in names:
                 setattr(module, name, None)
             setattr(module, names[0], packed(*linears))
     del linears
     for name, child in module.named_children():
+        if name in names:
+            continue
         packed = next((packed for packed in PACKED if packed.suits(child)), None)
         if packed is not None:
             setattr(module, name, packed(child))

@@ -280,6 +280,7 @@ def attention_with_positions(
     """
     q, k = fold_positions(q, k, by_row, by_column)
     if q.device.type != "cpu":
+        q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))  # fused kernels want multiples of 8
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
     B, H, N, _ = v.shape
     q, k, values = (t.flatten(0, 1) for t in (q, k, v))

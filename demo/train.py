@@ -64,8 +64,8 @@ STAGES = (
     Stage("towers", 2600, 16, 2e-3, ("vision",)),
     Stage("language", 2500, 16, 2e-3, ("language", "lm_head")),
     Stage("adaptor", 200, 16, 2e-3, ("aligner",)),
-    Stage("joint", 5000, 16, 1.5e-3, ("aligner", "language", "lm_head")),
-    Stage("chat", 6000, 16, 7e-4, ("vision", "aligner", "language", "lm_head")),
+    Stage("joint", 2000, 16, 1.5e-3, ("aligner", "language", "lm_head")),
+    Stage("chat", 4500, 16, 1e-3, ("vision", "aligner", "language", "lm_head")),
 )
 REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
 MEASURES = ("shapes", "signs", *TASKS)  # held out: what the towers name, what the model answers

@@ -20,7 +20,17 @@ from torch import nn
 import load_weights
 from generate import generate
 from load_weights import load_model, read_config, save_checkpoint
-from model import DeepseekVL, PackedQuantizedLinear, QuantizedLinear, kernel_agrees, layers_to_quantize
+from model import (
+    Attention,
+    DeepseekVL,
+    LanguageConfig,
+    PackedQuantizedLinear,
+    QuantizedLinear,
+    kernel_agrees,
+    layers_to_quantize,
+    pack_linears,
+    rope_angles,
+)
 from processor import Processor
 
 KINDS = ["int8", "int4"]
@@ -161,15 +171,50 @@ def test_layers_that_no_kernel_can_do_stay_plain():
     assert not PackedQuantizedLinear.suits(nn.Linear(64, 64))
 
 
-def test_a_machine_without_kernels_answers_all_the_same(monkeypatch):
+@needs_shared
+@pytest.mark.parametrize("lacking", ["multiply", "can_widen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_machine_without_kernels_or_their_layout_answers_the_same(kind, lacking, monkeypatch):
+    """Two conversations at once, packed with what the machine has, and unpacked."""
+    folder = golden("vl-siglip").folder
+    batch = Processor(folder)(golden("vl-siglip").conversations[:2])
+    ids = generate(load_model(folder, dtype=torch.float32, quantize=kind), batch, max_new_tokens=6)
+    assert generate(load_model(folder, dtype=torch.float32, quantize=kind).pack(), batch, max_new_tokens=6) == ids
+
     def absent(*arguments):
         raise NotImplementedError("no such kernel on this device")
 
-    monkeypatch.setattr(PackedQuantizedLinear, "multiply", absent)
+    monkeypatch.setattr(PackedQuantizedLinear, lacking, absent if lacking == "multiply" else lambda self: False)
     kernel_agrees.cache_clear()
-    layer = QuantizedLinear.from_weight(random_weight(64, 128), "int4", torch.float32)
-    assert not PackedQuantizedLinear.suits(layer)
+    model = load_model(folder, dtype=torch.float32, quantize=kind).pack()
+    packed = any(isinstance(module, PackedQuantizedLinear) for module in model.modules())
+    assert generate(model, batch, max_new_tokens=6) == ids
     kernel_agrees.cache_clear()
+    assert packed == (lacking == "can_widen") or not kernel_agrees(kind, torch.float32, torch.device("cpu"))
+
+
+def test_layers_of_one_input_are_packed_together_or_not_at_all():
+    """Keys too narrow for the kernel: then the queries stay plain, too."""
+    config = LanguageConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    attention, x = Attention(config, 0), torch.randn(1, 5, 128)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        weight = getattr(attention, name).weight
+        setattr(attention, name, QuantizedLinear.from_weight(weight, "int4", torch.float32))
+    rope = rope_angles(torch.arange(5)[None], config)
+    expected, _ = attention(x, rope, None, None)
+    pack_linears(attention)
+    assert isinstance(attention.q_proj, QuantizedLinear)
+    assert_close(attention(x, rope, None, None)[0], expected, 1e-6)
+
+
+def test_int8_in_float16_does_not_overflow():
+    """Integers times activations exceed 65504 long before weights times activations do."""
+    layer = QuantizedLinear.from_weight(torch.full((32, 64), 0.5), "int8", torch.float16)
+    x = torch.full((200, 64), 20.0, dtype=torch.float16)
+    assert_close(PackedQuantizedLinear(layer)(x).float(), torch.full((200, 32), 640.0), 1e-3)
 
 
 # ---------------------------------------------------------------------------- which layers
@@ -283,13 +328,19 @@ def test_quantize_must_be_known_and_fit_the_file(tmp_path):
 DAMAGE = {
     "no weight": (lambda tensors, w, s: tensors.pop(w), "missing tensor"),
     "no scales": (lambda tensors, w, s: tensors.pop(s), "has shape"),
+    "both kinds": (
+        lambda tensors, w, s: tensors.update(
+            {w: torch.zeros(64, 64, dtype=torch.int8), s: torch.ones(64)}
+        ),
+        "both int8 and int4",
+    ),
     "floating weight": (lambda tensors, w, s: tensors.update({w: tensors[w].float()}), "expected int8 or uint8"),
     "whole scales": (lambda tensors, w, s: tensors.update({s: tensors[s].int()}), "expected one of"),
     "too few scales": (lambda tensors, w, s: tensors.update({s: tensors[s][:, :3].clone()}), "has shape"),
     "too few columns": (lambda tensors, w, s: tensors.update({w: tensors[w][:, :5].clone()}), "has shape"),
     "width of no group": (
         lambda tensors, w, s: tensors.update(
-            {w.replace("self_attn.q", "mlp.down"): tensors[w].clone(), s.replace("self_attn.q", "mlp.down"): tensors[s].clone()}
+            {name.replace("self_attn.q", "mlp.down"): tensors[name].clone() for name in (w, s)}
         ),
         "fits no group",
     ),
@@ -309,7 +360,7 @@ def test_damaged_quantized_files(damage, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=words) as error:
         load_model(tmp_path / "model")
-    assert "layers.1" in str(error.value) and "\n" not in str(error.value)
+    assert ("layers.1" in str(error.value) or damage == "both kinds") and "\n" not in str(error.value)
 
 
 @needs_shared

@@ -17,6 +17,7 @@ from vision import (
     PatchEmbed,
     attention,
     attention_with_positions,
+    fold_positions,
     relative_bias,
     relative_positions,
     window_partition,
@@ -83,6 +84,16 @@ def test_attention_with_positions_equals_attention_with_the_whole_bias(scores, m
     assert_close(attention_with_positions(q, k, v, by_row, by_column, scores), expected, 1e-6)
     assert max(sizes) <= max(scores, g * g)
     assert sum(sizes) == B * H * (g * g) ** 2
+
+
+def test_folded_positions_make_fused_attention_enough():
+    """What other devices than a CPU run: plain fused attention on the folded queries and keys."""
+    q, k, v = torch.randn(3, 2, 3, 36, 4)
+    by_row, by_column = torch.randn(2, 2, 3, 6, 6, 6)
+    bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(2, 3, 36, 36)
+    folded = fold_positions(q, k, by_row, by_column)
+    assert [t.shape for t in folded] == [(2, 3, 36, 4 + 6 + 6)] * 2
+    assert_close(F.scaled_dot_product_attention(*folded, v, scale=1.0), attention(q, k, v, bias)[0], 1e-6)
 
 
 def test_gradients_of_attention_with_positions():
