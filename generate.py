@@ -600,6 +600,7 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         dtype=dtype,
         device=device,
         quantize=args.quantize,
+        pack=args.save is None,
         progress=lambda share: note(f"{loading}: {share:.0%}"),
     )
     if args.save is not None:

@@ -40,6 +40,7 @@ from model import (
     QuantizedLinear,
     YarnConfig,
     layers_to_quantize,
+    pack_linears,
 )
 from processor import load_tokenizer, read_json
 from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
@@ -665,6 +666,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    pack: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
@@ -678,6 +680,7 @@ def load_model(
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
+        pack: as `DeepseekVL.pack`, but part by part, which needs less memory than to pack what is loaded.
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
@@ -706,8 +709,12 @@ def load_model(
     dtype = stored_dtype(expected, files) if dtype is None else dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    part = ""
     for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
         module_name, _, tensor_name = name.rpartition(".")
+        if pack and part != part_of(name) and part:
+            pack_part(model, part)
+        part = part_of(name)
         if module_name in rounded:
             layer = QuantizedLinear.from_weight(tensor.to(device), rounded[module_name], dtype)
             parent_name, _, layer_name = module_name.rpartition(".")
@@ -720,7 +727,20 @@ def load_model(
             progress(i / count)
     if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
-    return model.eval()
+    return model.pack().eval() if pack else model.eval()
+
+
+def part_of(name: str) -> str:
+    """The part of the model, a decoder layer or as large, to which a parameter belongs."""
+    return ".".join(name.split(".")[: 3 if name.startswith("language.layers.") else 1])
+
+
+def pack_part(model: DeepseekVL, part: str) -> None:
+    """Pack one part of the model, once all of it is loaded."""
+    holder = nn.ModuleDict({"part": model.get_submodule(part)})  # the head is itself a layer to replace
+    pack_linears(holder)
+    parent_name, _, name = part.rpartition(".")
+    setattr(model.get_submodule(parent_name), name, holder["part"])
 
 
 def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
@@ -766,7 +786,9 @@ def read_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and value as stored, one at a time, its parts joined."""
     sources: dict[str, list[str]] = {}
-    for name, target in expected.items():  # the parts of one parameter follow each other
+    # The head first: it is the largest, and while it is packed it is there twice. The parts of one parameter follow
+    # each other.
+    for name, target in sorted(expected.items(), key=lambda item: not item[1].parameter.startswith("lm_head.")):
         sources.setdefault(target.parameter, []).append(name)
     meta = model.state_dict()
     for parameter, names in sources.items():

@@ -453,12 +453,12 @@ def measure_in_child(who: str, folder: Path, dtype: str) -> dict:
 
 @torch.inference_mode()
 def child(who: str, folder: str, dtype: str) -> None:
-    """Print seconds to load, and private memory at its peak while loading and while answering."""
+    """Print seconds to load (ours: and pack), and private memory at its peak while loading and while answering."""
     before = private_megabytes()
     start = time.perf_counter()
     with PeakMemory() as loading:
         if who == "ours":
-            model = load_model(folder, dtype=getattr(torch, dtype))
+            model = load_model(folder, dtype=getattr(torch, dtype), pack=True)
         else:
             from transformers import DeepseekVLForConditionalGeneration
             from transformers.utils import logging
@@ -467,14 +467,15 @@ def child(who: str, folder: str, dtype: str) -> None:
             start, before = time.perf_counter(), private_megabytes()  # their import is not loading
             model = DeepseekVLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
     load_seconds = time.perf_counter() - start
-    size = sum(p.nbytes for p in model.parameters()) / 2**20
+    with torch.device("meta"):  # packed weights are no parameters
+        size = sum(p.numel() for p in DeepseekVL(CONFIG).parameters()) * getattr(torch, dtype).itemsize / 2**20
     batch = prompt()
     with PeakMemory() as answering:
         if dtype == "float16":
             pass  # this CPU emulates float16, and takes minutes
         elif who == "ours":
             batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
-            generate(model.pack(), batch, max_new_tokens=8)
+            generate(model, batch, max_new_tokens=8)
         else:
             model.generate(**batch, max_new_tokens=8, do_sample=False)
     print(
@@ -536,7 +537,7 @@ def small() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder, saved = Path(temporary) / "float16", Path(temporary) / "int4"
             write_checkpoint(folder, OFFICIAL, config)
-            for start, arguments in (("first", (folder, saved)), ("second", (saved,))):
+            for start, arguments in (("first", (folder,)), ("saving", (folder, saved)), ("second", (saved,))):
                 command = [sys.executable, __file__, "small-child", *map(str, arguments)]
                 print(f"{name}, {start} start: ", end="", flush=True)
                 subprocess.run(command, check=True)
@@ -545,11 +546,10 @@ def small() -> None:
 def small_child(folder: str, saved: str | None = None) -> None:
     before, start = private_megabytes(), time.perf_counter()
     with PeakMemory() as loading:
-        model = load_model(folder, dtype=torch.bfloat16, quantize="int4")
+        model = load_model(folder, dtype=torch.bfloat16, quantize="int4", pack=saved is None)
     loaded = time.perf_counter() - start
     if saved is not None:
         save_checkpoint(model, folder, saved)
-    trim()
     batch = prompt()
     batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
     if hasattr(model.config.vision, "high"):

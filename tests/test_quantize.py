@@ -376,3 +376,18 @@ def test_shards_and_both_layouts_of_names(small_pair, tmp_path):
         again = load_model(target)
         ids = torch.arange(1, 9)[None]
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@needs_shared
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+def test_packed_part_by_part_is_packed(name, kind):
+    """The same modules, the same logits, bit by bit; and what is read first is the head."""
+    case = golden(name)
+    batch = Processor(case.folder)(case.conversations[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = load_model(case.folder, dtype=dtype, quantize=kind).pack()
+        parts = load_model(case.folder, dtype=dtype, quantize=kind, pack=True)
+        kinds = [[type(module) for module in model.modules()] for model in (whole, parts)]
+        assert kinds[0] == kinds[1]
+        assert_close(parts(**batch).logits.float(), whole(**batch).logits.float(), 1e-6)
