@@ -680,7 +680,8 @@ def load_model(
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
-        pack: as `DeepseekVL.pack`, but part by part, which needs less memory than to pack what is loaded.
+        pack: as `DeepseekVL.pack`, but part by part, which at its peak needs less memory for quantized weights (for
+            bfloat16 it was measured to need more: what was freed in between is in pieces).
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from pathlib import Path
 from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from scenes import COLORS, KINDS, RADII, SIDE, chat
+from scenes import SIDE, chat
 
 from processor import SYSTEM_TEXT
 
-PROPERTIES = "|".join((*COLORS, *RADII, *(f"{kind}s?" for kind in KINDS)))
-APART = re.compile(rf"( ?\b(?:{PROPERTIES}|{PROPERTIES.title()})\b|[A-Z]{{2,}})")
 BEGIN, END, IMAGE = "<|begin|>", "<|end|>", "<image_placeholder>"
 
 
@@ -31,11 +28,9 @@ def write_tokenizer(folder: Path) -> int:
     for i in range(4000):
         lines.append(SYSTEM_TEXT)
         for message in chat(Random(f"tokenizer-{i}"), pictures=False):
-            lines += APART.split(f"{message['role'].capitalize()}: {message['content']}")
-    lines = [line for line in lines if line]
+            lines.append(f"{message['role'].capitalize()}: {message['content']}")
     model = io.BytesIO()
-    # Pieces may reach over spaces ("in the top left" is one), which keeps conversations short for so small a model. But
-    # colours, kinds and sizes stay apart: one token for " white" serves in questions, answers and descriptions alike.
+    # Pieces may reach over spaces ("in the top left" is one), which keeps conversations short for so small a model.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,

@@ -89,7 +89,7 @@ def without_high_resolution(model: DeepseekVL):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "checkpoint", metavar="DIR")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "retrained", metavar="DIR")
     parser.add_argument("--scenes", type=int, default=500, metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")

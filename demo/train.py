@@ -1,14 +1,13 @@
 """Train the demo checkpoint from nothing: a DeepSeek-VL of the 7B's kind (SAM, SigLIP, hybrid aligner, Llama), 4.7 M.
 
-    python demo/train.py                        all six stages; run it again to go on where it stopped
+    python demo/train.py                        all five stages; run it again to go on where it stopped
     python demo/train.py --minutes 1 --out /tmp/demo
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
-them; the first three stages stand in for that:
+them; the first two stages stand in for that:
 
     towers    SAM and SigLIP alone: say what is in each ninth of a crowded picture (for SAM also the letters),
               through linear layers that are thrown away afterwards. Stands in for their pretraining.
-    tokens    the same, but each token alone must say what is in its ninth: a language model looks at tokens one by one.
     language  Llama alone: next-token prediction on conversations about scenes told in words. For DeepSeek-LLM's.
     adaptor   the paper's stage 1: the aligner learns on captions; all else is frozen.
     joint     stage 2: aligner and language model; one conversation in five is text alone.
@@ -63,13 +62,11 @@ class Stage:
 WARMUP = 100
 STAGES = (
     Stage("towers", 2600, 16, 2e-3, ("vision",)),
-    Stage("tokens", 700, 16, 1e-3, ("vision",)),
-    Stage("language", 1200, 16, 2e-3, ("language", "lm_head")),
-    Stage("adaptor", 150, 16, 2e-3, ("aligner",)),
-    Stage("joint", 2500, 16, 1.5e-3, ("aligner", "language", "lm_head")),
-    Stage("chat", 1200, 16, 5e-4, ("vision", "aligner", "language", "lm_head")),
+    Stage("language", 2500, 16, 2e-3, ("language", "lm_head")),
+    Stage("adaptor", 200, 16, 2e-3, ("aligner",)),
+    Stage("joint", 5000, 16, 8e-4, ("aligner", "language", "lm_head")),
+    Stage("chat", 4000, 16, 4e-4, ("vision", "aligner", "language", "lm_head")),
 )
-TOWER_STAGES = ("towers", "tokens")  # vision alone; the others are about answers
 REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
 MEASURES = ("shapes", "signs", *TASKS)  # held out: what the towers name, what the model answers
 
@@ -108,9 +105,9 @@ def letter_map(scene: Scene, grid: int) -> Tensor:
 class TowerLoss(nn.Module):
     """Linear layers on the towers' outputs, and what they are asked. None of this is kept.
 
-    On the mean of each ninth's four tokens, or on each of them: what is in the ninth? On each token: where is it, so
-    that a language model can tell places apart? On each patch after SAM's last block, in the place of the segmentation
-    that it was trained for: which letter is here?
+    On the mean of each ninth's four tokens: what is in it? On each token: where is it, so that a language model can
+    tell places apart? On each patch after SAM's last block, in the place of the segmentation that it was trained for:
+    which letter is here?
     """
 
     def __init__(self, config: HybridConfig):
@@ -123,7 +120,7 @@ class TowerLoss(nn.Module):
         self.letter = nn.Linear(config.high.width, len(LETTERS))
         self.register_buffer("rarity", torch.tensor([0.1] + [1.0] * (len(LETTERS) - 1)))
 
-    def forward(self, tower: HybridTower, batch: dict[str, Tensor], each_token: bool) -> Tensor:
+    def forward(self, tower: HybridTower, batch: dict[str, Tensor]) -> Tensor:
         """The sum of all heads' mean cross entropies."""
         patches: list[Tensor] = []
         hook = tower.high.blocks[-1].register_forward_hook(lambda module, inputs, output: patches.append(output))
@@ -135,12 +132,9 @@ class TowerLoss(nn.Module):
         for heads, place, tokens in zip((self.high, self.low), self.place, (high, low)):
             here = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
             loss = loss + F.cross_entropy(place(tokens).flatten(0, 1), here)
-            cells = tokens if each_token else self.mean_of_ninths(tokens)
-            expected = self.for_each_token(labels) if each_token else labels
+            cells = self.mean_of_ninths(tokens)
             for i, head in enumerate(heads):
-                loss = loss + F.cross_entropy(
-                    head(cells).flatten(0, 1), expected[..., i].flatten(), ignore_index=IGNORED
-                )
+                loss = loss + F.cross_entropy(head(cells).flatten(0, 1), labels[..., i].flatten(), ignore_index=IGNORED)
         return loss
 
     @torch.no_grad()
@@ -152,11 +146,6 @@ class TowerLoss(nn.Module):
         is_shape, is_sign = labels[..., 1] != IGNORED, labels[..., 3] != IGNORED
         shapes, signs = right[is_shape][:, :3].all(-1), right[is_sign][:, 3:].all(-1)
         return {"shapes": shapes.float().mean().item(), "signs": signs.float().mean().item()}
-
-    @staticmethod
-    def for_each_token(labels: Tensor) -> Tensor:
-        """(B, 9, 7) -> (B, 36, 7): each ninth's for its four tokens."""
-        return labels.unflatten(1, (3, 3)).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1, 2)
 
     @staticmethod
     def mean_of_ninths(tokens: Tensor) -> Tensor:
@@ -182,7 +171,7 @@ class Batches(Dataset):
             Random(f"{self.stage.name}-{self.seed}-{(self.first + i) * self.stage.batch + row}")
             for row in range(self.stage.batch)
         ]
-        if self.stage.name in TOWER_STAGES:
+        if self.stage.name == "towers":
             scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
             pixels = [self.processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes]
             labels = torch.stack([ninths(scene) for scene in scenes])
@@ -198,9 +187,7 @@ class Batches(Dataset):
 
 
 def loss_of(stage: Stage, model: DeepseekVL, tower_loss: TowerLoss, batch: dict[str, Tensor]) -> Tensor:
-    if stage.name in TOWER_STAGES:
-        return tower_loss(model.vision, batch, each_token=stage.name == "tokens")
-    return model(**batch).loss
+    return tower_loss(model.vision, batch) if stage.name == "towers" else model(**batch).loss
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -258,7 +245,7 @@ class Run:
 
     def scores(self, stage: Stage) -> dict[str, float]:
         """Held-out accuracy: of SAM's linear layers in the first stage, of answers in the others."""
-        if stage.name in TOWER_STAGES:
+        if stage.name == "towers":
             return self.tower_loss.scores(self.model.vision, Batches(stage, self.folder, "held-out", 0)[0])
         return accuracy(self.model, self.processor, 50, pictures=stage.name != "language", split="held-out")
 
@@ -268,7 +255,7 @@ def train_stage(run: Run, stage: Stage, deadline: float) -> bool:
     model, tower_loss = run.model, run.tower_loss
     for name, part in model.named_children():
         part.requires_grad_(name in stage.learns)
-    tower_loss.requires_grad_(stage.name in TOWER_STAGES)
+    tower_loss.requires_grad_(stage.name == "towers")
     learning = [p for p in [*model.parameters(), *tower_loss.parameters()] if p.requires_grad]
     matrices, vectors = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

@@ -4,7 +4,8 @@
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
     python tests/bench.py sam        the 7B's high-resolution branch
     python tests/bench.py quantize   prefill and decode in bfloat16, int8 and int4, eager and compiled
-    python tests/bench.py growth     int4: prefill by tokens and images, decode by cache length and rows
+    python tests/bench.py prompts    int4: prefill by tokens and images
+    python tests/bench.py steps      int4: decode by cache length and rows
     python tests/bench.py small      int4: private memory and time of 1.3B and 7B; writes 19 GB of random files
     python tests/bench.py load       loading a float16 file: seconds, and private memory at its peak
     python tests/bench.py vl2        DeepSeek-VL2 tiny, beside what the machine allows; prefill by chunks
@@ -367,8 +368,8 @@ def quantize() -> None:
 
 
 @torch.inference_mode()
-def growth() -> None:
-    """What int4 costs over the prompt's length, images, the cache's length and the rows of a batch."""
+def prompts() -> None:
+    """What int4 costs over the prompt's length, and over images."""
     model = our_model("int4")
 
     def prefill(tokens: int, images: int) -> Callable:
@@ -385,6 +386,12 @@ def growth() -> None:
     for tokens, images in cases:
         taken = seconds({"run": prefill(tokens, images)}, turns=3 if tokens < 2000 else 1)["run"]
         print(f"prefill {tokens:5} tokens, {images} images: {taken:6.2f} s, {taken / tokens * 1e3:.2f} ms a token")
+
+
+@torch.inference_mode()
+def steps() -> None:
+    """What a decode step of int4 costs over the cache's length, and over the rows of a batch."""
+    model = our_model("int4")
     for past, rows in [(past, 1) for past in (128, 512, 1024, 2048, 4096)] + [(640, rows) for rows in (1, 2, 4, 8)]:
         taken = seconds({"run": our_decode(model, past=past, rows=rows)}, turns=2)["run"] / NEW_TOKENS
         print(f"decode after {past:4} tokens, {rows} rows: {taken * 1e3:6.1f} ms a step, {rows / taken:5.1f} tokens/s")
@@ -440,7 +447,7 @@ def write_checkpoint(folder: Path, layout: Layout, config: dict) -> None:
             weight_map |= dict.fromkeys(shard, weight_map[name])
             save_file(shard, folder / weight_map[name], metadata={"format": "pt"})
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def measure_in_child(who: str, folder: Path, dtype: str) -> dict:
@@ -453,12 +460,12 @@ def measure_in_child(who: str, folder: Path, dtype: str) -> dict:
 
 @torch.inference_mode()
 def child(who: str, folder: str, dtype: str) -> None:
-    """Print seconds to load (ours: and pack), and private memory at its peak while loading and while answering."""
+    """Print seconds to load, and private memory at its peak while loading and while answering."""
     before = private_megabytes()
     start = time.perf_counter()
     with PeakMemory() as loading:
         if who == "ours":
-            model = load_model(folder, dtype=getattr(torch, dtype), pack=True)
+            model = load_model(folder, dtype=getattr(torch, dtype))
         else:
             from transformers import DeepseekVLForConditionalGeneration
             from transformers.utils import logging
@@ -475,7 +482,7 @@ def child(who: str, folder: str, dtype: str) -> None:
             pass  # this CPU emulates float16, and takes minutes
         elif who == "ours":
             batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
-            generate(model, batch, max_new_tokens=8)
+            generate(model.pack(), batch, max_new_tokens=8)
         else:
             model.generate(**batch, max_new_tokens=8, do_sample=False)
     print(
@@ -689,7 +696,8 @@ if __name__ == "__main__":
         "compute": compute,
         "sam": sam,
         "quantize": quantize,
-        "growth": growth,
+        "prompts": prompts,
+        "steps": steps,
         "small": small,
         "load": load,
         "vl2": vl2,

@@ -442,7 +442,8 @@ DAMAGED_MODELS = {
 # What is wrong with the command: words of the one line that says so.
 BAD_COMMANDS = {
     # The command itself.
-    "": "nothing to do: give --image, --prompt or both",
+    "": "--model is missing, expected a checkpoint folder",
+    "--prompt Hello": "--model is missing, expected a checkpoint folder",
     f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
     f"{ASK} --quantize int3": "--quantize: invalid choice",
     f"{ASK} --quantize int8 --save model": "model: expected the name of a new folder",
@@ -515,12 +516,6 @@ BAD_COMMANDS = {
     "--model wrong-shape --prompt Hello": f"tensor {NORM} has shape [65], config.json says [64]",
     "--model other-tokenizer --prompt Hello": "the tokenizer gives id 600, the model knows ids below 512",
 }
-
-
-def test_without_a_model_and_without_the_demo(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(generate, "DEMO", tmp_path / "demo")
-    result = run("--prompt Hello")
-    assert (result.status, result.out) == (2, "") and result.err.startswith("error: --model is missing, expected a")
 
 
 @pytest.mark.parametrize(

@@ -634,3 +634,11 @@ def test_packing_leaves_float32_as_it_is(small_pair, kind):
     before = list(model.modules())
     assert model.pack() is model
     assert all(old is new for old, new in zip(before, model.modules(), strict=True))
+
+
+@pytest.mark.parametrize("H, G, S", [(16, 16, 2100), (8, 2, 9000), (4, 1, 20000)])
+def test_one_token_attends_to_a_long_text_some_heads_at_a_time(H, G, S):
+    q, k, v = torch.randn(1, H, 1, 128), torch.randn(1, G, S, 128), torch.randn(1, G, S, 128)
+    visible = torch.rand(1, 1, 1, S) < 0.9
+    expected = F.scaled_dot_product_attention(q, k, v, visible, scale=0.1, enable_gqa=True)
+    assert_close(one_token_attention(q, k, v, visible, 0.1), expected, 1e-5)
