@@ -1149,10 +1149,11 @@ class PackedQuantizedLinear(nn.Module):
     For a few rows, as in a decode step, that is what makes it fast: half or a quarter of the bytes is read. For the
     many rows of a prompt, where the time goes into multiplying, those kernels are slower than a bfloat16 matmul, more
     than it takes to make a whole layer wide for a moment. So that is done there, at the price of that moment's memory:
-    two bytes for each weight of the layer, freed before the next one.
+    two bytes for each weight of the layer, freed before the next one. (int4 is widened from the layout of CPUs with
+    512-bit vectors alone; elsewhere its kernel does any number of rows.)
     """
 
-    FEW_ROWS = {8: 12, 4: 128}  # so many go through the kernels of 8 and 4 bits: from there on they are slower
+    FEW_ROWS = {8: 12, 4: 128}  # with more, the kernels of 8 and 4 bits were slower on a Zen 4 CPU
 
     def __init__(self, *linears: QuantizedLinear):
         super().__init__()
