@@ -387,11 +387,11 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
     wide = torch.promote_types(q.dtype, torch.float32)
     heads = max(1, 2**21 // (B * S * d))  # at a time
     out = []
-    for q, k, v in zip(shared.split(heads, 1), k.split(heads, 1), v.split(heads, 1)):
-        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale  # (B, heads, H / G, S)
+    for queries, keys, values in zip(shared.split(heads, 1), k.split(heads, 1), v.split(heads, 1)):
+        scores = queries.to(wide) @ keys.to(wide).transpose(-1, -2) * scale  # (B, heads, H / G, S)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
-        out.append(scores.softmax(dim=-1) @ v.to(wide))
+        out.append(scores.softmax(dim=-1) @ values.to(wide))
     return torch.cat(out, dim=1).to(shared.dtype).reshape(B, H, 1, -1)
 
 
