@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from numbers import Integral
@@ -149,7 +150,7 @@ class CompiledStep:
 
     def __init__(self, model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None):
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.failed, self.cache = failed, None
+        self.failed, self.last = failed, None
         # Layers with experts are compiled one by one, because which experts run depends on values.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         self.compiled = torch.compile(model.fixed_shape_step, mode=mode, dynamic=False)
@@ -165,10 +166,12 @@ class CompiledStep:
         """
         if self.compiled is None:
             return None
-        if cache is not self.cache and ids.device.type == "cuda":  # a graph may then write into it where it lies
+        if self.last is None or self.last() is not cache:
+            self.last = weakref.ref(cache)
+            cache.clear_rest()
             for tensor in (tensor for layer in cache.layers for tensor in layer):
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        self.cache = cache
+                if tensor.device.type == "cuda":  # a graph may then write into it where it lies
+                    torch._dynamo.mark_static_address(tensor, guard=False)
         position = torch.tensor([cache.length], device=ids.device)
         try:
             logits = self.compiled(ids, position, cache.layers, attention_mask)
@@ -590,7 +593,7 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         dtype=dtype,
         device=device,
         quantize=args.quantize,
-        pack=args.quantize is not None and args.save is None,
+        pack=args.save is None,
         progress=lambda share: note(f"{loading}: {share:.0%}"),
     )
     if args.save is not None:

@@ -291,8 +291,7 @@ class KVCache:
         self.length = 0
         self.layers = [
             [
-                # Zeros, because a step of fixed shape reads all of it, and what a mask hides must not be NaN.
-                torch.zeros(batch_size, heads, capacity, width, dtype=dtype, device=device)
+                torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device)
                 for heads, width in config.cached
             ]
             for _ in range(config.num_hidden_layers)
@@ -316,6 +315,11 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
+
+    def clear_rest(self) -> None:
+        """Zeros beyond `length`: a step of fixed shape reads there too, and what a mask hides must not be NaN."""
+        for stored in (stored for layer in self.layers for stored in layer):
+            stored[:, :, self.length :].zero_()
 
 
 class FixedShapeCache:

@@ -218,6 +218,7 @@ def print_rates(rates: dict[str, float]) -> None:
 def our_decode(model: DeepseekVL, compiled: bool = False, past: int = PROMPT, rows: int = 1) -> Callable:
     """NEW_TOKENS steps after `past` tokens."""
     cache = model.new_cache(rows, past + NEW_TOKENS)
+    cache.clear_rest()  # the steps read tokens that were never fed
     step = CompiledStep(model, lambda why: sys.exit(f"cannot compile here: {why}")) if compiled else None
 
     def decode():
@@ -465,7 +466,7 @@ def child(who: str, folder: str, dtype: str) -> None:
     start = time.perf_counter()
     with PeakMemory() as loading:
         if who == "ours":
-            model = load_model(folder, dtype=getattr(torch, dtype))
+            model = load_model(folder, dtype=getattr(torch, dtype), pack=True)
         else:
             from transformers import DeepseekVLForConditionalGeneration
             from transformers.utils import logging
@@ -482,7 +483,7 @@ def child(who: str, folder: str, dtype: str) -> None:
             pass  # this CPU emulates float16, and takes minutes
         elif who == "ours":
             batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
-            generate(model.pack(), batch, max_new_tokens=8)
+            generate(model, batch, max_new_tokens=8)
         else:
             model.generate(**batch, max_new_tokens=8, do_sample=False)
     print(

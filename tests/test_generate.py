@@ -423,6 +423,20 @@ def test_a_step_of_fixed_shape_is_a_decode_step(name):
         )
 
 
+@needs_shared
+def test_a_step_of_fixed_shape_is_not_spoilt_by_what_memory_held():
+    """With this setting torch fills new memory with NaN: what lies beyond the tokens fed must not reach the logits."""
+    model, processor = golden_model("vl-siglip")
+    batch = processor([{"role": "user", "content": "Hello"}])
+    plain = generate(model, batch, max_new_tokens=9)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        assert generate(model, batch, max_new_tokens=9, compiled=uncompiled(model)) == plain
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def uncompiled(model) -> CompiledStep:
     step = CompiledStep(model)
     step.compiled = model.fixed_shape_step
