@@ -680,8 +680,9 @@ def load_model(
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
-        pack: as `DeepseekVL.pack`, but part by part, which at its peak needs less memory for quantized weights (for
-            bfloat16 it was measured to need more: what was freed in between is in pieces).
+        pack: as `DeepseekVL.pack`, with less memory at its peak. The head, which is the largest layer and for a moment
+            there twice, comes first. Quantized layers are packed as they come, too (for bfloat16 ones that was measured
+            to need more: what is freed in between is in pieces).
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
@@ -713,7 +714,7 @@ def load_model(
     part = ""
     for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
         module_name, _, tensor_name = name.rpartition(".")
-        if pack and part != part_of(name) and part:
+        if pack and part != part_of(name) and (part == "lm_head" or part and (stored or rounded)):
             pack_part(model, part)
         part = part_of(name)
         if module_name in rounded:
