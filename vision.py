@@ -275,13 +275,14 @@ def attention_with_positions(
 
     Args:
         q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
-        limit: scores at a time on a CPU, at least a query's.
+        limit: scores at a time on a CPU, at least a query's; 0 for the fused attention.
     Returns: (B, H, g * g, d).
     """
     q, k = fold_positions(q, k, by_row, by_column)
-    if q.device.type != "cpu":
-        q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))  # fused kernels want multiples of 8
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    if q.device.type != "cpu" or limit == 0:
+        width = q.shape[-1] + -q.shape[-1] % 8  # fused kernels want multiples of 8, and some want v as wide as q
+        q, k, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, values, scale=1.0)[..., : v.shape[-1]]
     B, H, N, _ = v.shape
     q, k, values = (t.flatten(0, 1) for t in (q, k, v))
     heads = max(1, limit // (N * N))  # of all windows or images

@@ -86,14 +86,19 @@ def test_attention_with_positions_equals_attention_with_the_whole_bias(scores, m
     assert sum(sizes) == B * H * (g * g) ** 2
 
 
-def test_folded_positions_make_fused_attention_enough():
-    """What other devices than a CPU run: plain fused attention on the folded queries and keys."""
+def test_folded_positions_make_fused_attention_enough(monkeypatch):
+    """What other devices than a CPU run: fused attention on the folded queries and keys, padded."""
     q, k, v = torch.randn(3, 2, 3, 36, 4)
     by_row, by_column = torch.randn(2, 2, 3, 6, 6, 6)
     bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(2, 3, 36, 36)
     folded = fold_positions(q, k, by_row, by_column)
     assert [t.shape for t in folded] == [(2, 3, 36, 4 + 6 + 6)] * 2
     assert_close(F.scaled_dot_product_attention(*folded, v, scale=1.0), attention(q, k, v, bias)[0], 1e-6)
+    shapes, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **o: shapes.extend(qkv) or fused(*qkv, **o))
+    out = attention_with_positions(q, k, v[..., :3], by_row, by_column, limit=0)
+    assert_close(out, attention(q, k, v[..., :3], bias)[0], 1e-6)
+    assert {t.shape[-1] for t in shapes} == {16}
 
 
 def test_gradients_of_attention_with_positions():
