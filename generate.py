@@ -1,5 +1,6 @@
 """Answer questions about images: prefill, decode, sampling, streaming, and the command line.
 
+    python generate.py --image demo/images/scene.png
     python generate.py --model CHECKPOINT --image photo.jpg --prompt "What is this?"
 
     prefill   the whole prompt through the decoder, filling the cache -> logits of the next token
@@ -450,6 +451,12 @@ def fit_label(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 # ---------------------------------------------------------------------------- command line
 
+DEMO = Path(__file__).parent / "demo" / "checkpoint"
+DEMO_NOTICE = (
+    "no --model: asking the small one in demo/checkpoint, which knows drawn shapes, their places and small signs; what "
+    "it says of anything else, such as a photograph, means nothing"
+)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -507,7 +514,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="image file or http(s) address; may be repeated")
     add("--prompt", help='the question (default: "Describe this image."); <image> marks where an image goes')
-    add("--model", metavar="DIR", help="checkpoint folder")
+    add("--model", metavar="DIR", help="checkpoint folder (default: the small one in demo/checkpoint)")
     add("--system", metavar="TEXT", help="system text in place of the model's own")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -578,18 +585,21 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         if args.quantize is None:
             raise ValueError("--save writes a quantized checkpoint, give --quantize")
         check_new_folder(Path(args.save))
-    if args.model is None:
-        raise ValueError("--model is missing, expected a checkpoint folder")
+    if args.model is None and not DEMO.is_dir():
+        raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
+    folder = str(DEMO) if args.model is None else args.model
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
-    processor = Processor(args.model)
+    processor = Processor(folder)
     message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
-    loading = f"loading {args.model} as {args.quantize or str(dtype).removeprefix('torch.')} on {device}"
+    if args.model is None:
+        print(DEMO_NOTICE, file=sys.stderr)
+    loading = f"loading {folder} as {args.quantize or str(dtype).removeprefix('torch.')} on {device}"
     start = time.perf_counter()
     model = load_model(
-        args.model,
+        folder,
         dtype=dtype,
         device=device,
         quantize=args.quantize,
@@ -597,12 +607,12 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         progress=lambda share: note(f"{loading}: {share:.0%}"),
     )
     if args.save is not None:
-        save_checkpoint(model, args.model, args.save)
+        save_checkpoint(model, folder, args.save)
     model.pack()
     prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
     vocabulary = model.config.language.vocab_size
     if highest_id >= vocabulary:
-        raise ValueError(f"{args.model}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
+        raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
     if args.compile:

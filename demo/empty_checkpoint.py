@@ -13,7 +13,7 @@ from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from scenes import SIDE, chat
+from scenes import CELLS, COLORS, KINDS, RADII, SIDE, WORDS, chat, compare
 
 from processor import SYSTEM_TEXT
 
@@ -27,10 +27,13 @@ def write_tokenizer(folder: Path) -> int:
     lines = []
     for i in range(4000):
         lines.append(SYSTEM_TEXT)
-        for message in chat(Random(f"tokenizer-{i}"), pictures=False):
+        messages = chat(rng := Random(f"tokenizer-{i}"), pictures=False)
+        for message in messages if i % 4 else compare(rng):
+            lines.append(message["content"].replace("<image>", ""))  # as it follows a picture, without a space
             lines.append(f"{message['role'].capitalize()}: {message['content']}")
     model = io.BytesIO()
-    # Pieces may reach over spaces ("in the top left" is one), which keeps conversations short for so small a model.
+    whole = (*COLORS, *KINDS, *RADII, *CELLS, *WORDS)  # one token each, the same in questions, answers and stories
+    # Pieces may reach over spaces ("How many" is one), which keeps conversations short for so small a model.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
@@ -43,7 +46,7 @@ def write_tokenizer(folder: Path) -> int:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        user_defined_symbols=["\n\n"],
+        user_defined_symbols=["\n\n", *(f" {word}".replace(" ", "▁") for word in whole)],
         control_symbols=[IMAGE],
         unk_id=0,
         bos_id=1,
@@ -62,10 +65,10 @@ def write_empty_checkpoint(folder: Path) -> None:
     """Everything but the weights: the official 7B's files, with small sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
-    low = {"model_name": "siglip_large_patch16_384", "image_size": 30, "patch_size": 5, "width": 128, "layers": 3}
+    low = {"model_name": "siglip_large_patch16_384", "image_size": 30, "patch_size": 10, "width": 128, "layers": 3}
     high = {"model_name": "sam_b_downsample", "image_size": SIDE, "patch_size": 8, "width": 160, "layers": 4}
     low |= {"heads": 4, "mlp_ratio": 4, "select_feature": "same", "select_layer": -1}
-    high |= {"heads": 5, "window_size": 8, "global_attn_indexes": [1, 3], "neck_channels": 32}
+    high |= {"heads": 5, "window_size": 8, "global_attn_indexes": [1, 3], "neck_channels": 64}
     high |= {"downsample_channels": [64, 128]}
     language = {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5}
     language |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": vocabulary}
@@ -95,7 +98,7 @@ def write_empty_checkpoint(folder: Path) -> None:
             "processor_class": "VLChatProcessor",
             "image_tag": IMAGE,
             "mask_prompt": True,
-            "num_image_tokens": 36,
+            "num_image_tokens": 9,
             "sft_format": "deepseek",
         },
         "tokenizer_config.json": {"bos_token": BEGIN, "eos_token": END, "pad_token": END},

@@ -1,6 +1,6 @@
 """How often a checkpoint that train.py made answers exactly right about scenes it was never trained on.
 
-    python demo/evaluate.py --model demo/retrained --scenes 500
+    python demo/evaluate.py --model demo/checkpoint --scenes 500
 
 Prints a table: each kind of question, as the model is, and with SAM's features replaced by zeros.
 """
@@ -89,10 +89,11 @@ def without_high_resolution(model: DeepseekVL):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "retrained", metavar="DIR")
-    parser.add_argument("--scenes", type=int, default=500, metavar="N")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    add, folder = parser.add_argument, Path(__file__).parent / "checkpoint"
+    add("--model", type=Path, default=folder, metavar="DIR", help="default: %(default)s")
+    add("--scenes", type=int, default=500, metavar="N", help="questions of each kind (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dtype", choices=("auto", *DTYPES), default="auto")
     args = parser.parse_args()
     try:
         if args.scenes < 1:

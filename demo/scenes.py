@@ -2,7 +2,7 @@
 
     scene = random_scene(random.Random(7))
     draw(scene)                                 a PIL picture, 128 x 128
-    ask(scene, "position", random.Random(7))    ("Where is the red circle?", "In the top left.")
+    ask(scene, "position", random.Random(7))    ("Where is the red circle?", "The red circle is in the top left.")
     chat(random.Random(7))                      a conversation for processor.Processor, as for training
 
 A picture has nine cells, three by three. One to four of them hold a shape, off centre and sometimes
@@ -45,7 +45,7 @@ WORDS = (
     "KEY", "ICE", "RED", "SUN", "SKY", "DOG", "CAT", "BOX", "GYM", "HUT", "PIE",
 )  # fmt: skip
 FURTHER = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}
-NUMBERS = ("None", "One", "Two", "Three", "Four")
+NUMBERS = ("zero", "one", "two", "three", "four")
 DOWN, ACROSS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE
 BACKGROUNDS = ("flat", "gradient", "stripes", "checks", "clouds", "photo")
 
@@ -245,6 +245,7 @@ def draw(scene: Scene) -> Image.Image:
 # ------------------------------------------------------------------------------------------- talk
 
 DESCRIBE = ("Describe this image.", "Describe the picture.", "What is in this image?", "What do you see?")
+COMPARE = ("What changed?", "What is different in the second image?")
 TASKS = ("describe", "color", "count", "position", "relation", "text")
 
 
@@ -258,16 +259,20 @@ def listing(items: list[str]) -> str:
 
 
 def describe(scene: Scene) -> str:
-    return sentence(listing([f"{shape.caption} {shape.place}" for shape in scene.shapes])) + "."
+    return sentence(listing([f"{shape.place} {shape.caption}" for shape in scene.shapes])) + "."
 
 
 def tell(scene: Scene) -> str:
     """The scene in words, for questions without a picture."""
-    return f"Picture this: {describe(scene)} " + (f"A sign says {scene.text}. " if scene.text else "")
+    return f"Picture this: {describe(scene)} " + (f"The sign says {scene.text}. " if scene.text else "")
 
 
 def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
-    """A question about the scene and its one right answer; None where the scene does not lend itself to it."""
+    """A question about the scene and its one right answer; None where the scene does not lend itself to it.
+
+    Answers say again what is asked about, and relations say both places: what is to be looked up then follows the words
+    by which to find it, which a small model learns sooner.
+    """
     shape = rng.choice(scene.shapes)
     if task == "describe":
         return rng.choice(DESCRIBE), describe(scene)
@@ -278,7 +283,9 @@ def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
             thing = f"the {shape.kind}"
         else:
             thing = f"the shape {shape.place}"
-        return rng.choice((f"What color is {thing}?", f"Tell me the color of {thing}.")), f"{sentence(shape.color)}."
+        return rng.choice(
+            (f"What color is {thing}?", f"Tell me the color of {thing}.")
+        ), f"{sentence(thing)} is {shape.color}."
     if task == "count":
         what, number = rng.choice(
             [
@@ -287,16 +294,20 @@ def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
                 (f"{shape.color} shapes", sum(s.color == shape.color for s in scene.shapes)),
             ]
         )
-        return rng.choice((f"How many {what} are there?", f"Count the {what}.")), f"{NUMBERS[number]}."
+        return rng.choice(
+            (f"How many {what} are there?", f"Count the {what}.")
+        ), f"The number of {what} is {NUMBERS[number]}."
     if task == "position":
         if rng.random() < 0.3:
-            return f"What is {shape.place}?", f"{sentence(shape.caption)}."
-        return rng.choice((f"Where is the {shape.name}?", f"Find the {shape.name}.")), f"{sentence(shape.place)}."
+            return f"What is {shape.place}?", f"{sentence(shape.place)} {shape.caption}."
+        return rng.choice(
+            (f"Where is the {shape.name}?", f"Find the {shape.name}.")
+        ), f"The {shape.name} is {shape.place}."
     if task == "relation":
         return ask_relation(scene, rng)
     if task == "text":
         question = rng.choice(("What does the sign say?", "Read the text.", "What is written there?"))
-        return question, f"{scene.text}." if scene.text else "There is no text."
+        return question, f"It says {scene.text}." if scene.text else "There is no text."
     raise ValueError(f"no task {task!r}, expected one of {', '.join(TASKS)}")
 
 
@@ -313,9 +324,10 @@ def ask_relation(scene: Scene, rng: Random) -> tuple[str, str] | None:
         return None
     yes, no, relation = rng.choice(pairs)
     first, second = (yes, no) if rng.random() < 0.5 else (no, yes)
+    places = f"The {first.name} is {first.place}, the {second.name} {second.place}, so the {yes.name}"
     if rng.random() < 0.4:
-        return f"Is the {first.name} {relation} the {second.name}?", "Yes." if first is yes else "No."
-    return f"Which is {FURTHER[relation]}, the {first.name} or the {second.name}?", f"The {yes.name}."
+        return f"Is the {first.name} {relation} the {second.name}?", f"{places} is {relation} the {no.name}."
+    return f"Which is {FURTHER[relation]}, the {first.name} or the {second.name}?", f"{places}."
 
 
 def change(scene: Scene, rng: Random) -> tuple[Scene, str]:
@@ -348,28 +360,33 @@ def change(scene: Scene, rng: Random) -> tuple[Scene, str]:
     return replace(scene, shapes=tuple(sorted(shapes, key=lambda s: s.cell)), seed=rng.randrange(2**31)), answer
 
 
-def chat(rng: Random, turns: int = 6, tasks: tuple[str, ...] = TASKS, pictures: bool = True) -> list[dict]:
-    """A conversation about one scene, or about two of which the second is the first, changed.
+def compare(rng: Random) -> list[dict]:
+    """A question about two pictures, of which the second is the first, changed."""
+    before = random_scene(rng)
+    after, answer = change(before, rng)
+    question = "<image><image>" + rng.choice(COMPARE)
+    asked = {"role": "user", "content": question, "images": [draw(before), draw(after)]}
+    return [asked, {"role": "assistant", "content": answer}]
 
-    Without pictures the first message tells the scene in words, for training the language model alone.
+
+def chat(
+    rng: Random, tasks: tuple[str, ...] = TASKS, turns: int = 4, pictures: bool = True, describe_ends: bool = True
+) -> list[dict]:
+    """A conversation about one scene, with `turns` of the questions that `tasks` names.
+
+    With `describe_ends` a description, if asked for, is the end, since it answers most other questions: these, in
+    training, must be answered by looking. Without a picture the first message tells the scene in words, for training
+    the language model alone.
     """
     scene = random_scene(rng)
+    opening, images = ("<image>", [draw(scene)]) if pictures else (tell(scene), [])
     messages: list[dict] = []
-    if pictures:
-        opening, images = "<image>", [draw(scene)]
-        if tasks == TASKS and rng.random() < 0.12:
-            after, answer = change(scene, rng)
-            question = rng.choice(("What changed?", "What is different in the second image?"))
-            messages.append({"role": "user", "content": f"<image><image>{question}", "images": [*images, draw(after)]})
-            messages.append({"role": "assistant", "content": answer})
-            return messages
-    else:
-        opening, images = tell(scene), []
-    while len(messages) < 2 * turns:
-        found = ask(scene, rng.choice(tasks), rng)
-        if found:
+    for task in rng.sample(tasks, min(turns, len(tasks))):
+        if found := ask(scene, task, rng):
             question, answer = found
             message = {"role": "user", "content": question if messages else opening + question}
             messages.append(message if messages else message | {"images": images})
             messages.append({"role": "assistant", "content": answer})
+        if task == "describe" and describe_ends:
+            break
     return messages

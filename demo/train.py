@@ -1,6 +1,6 @@
-"""Train the demo checkpoint from nothing: a DeepSeek-VL of the 7B's kind (SAM, SigLIP, hybrid aligner, Llama), 4.7 M.
+"""Train the demo checkpoint from nothing: a DeepSeek-VL of the 7B's kind (SAM, SigLIP, hybrid aligner, Llama), 4.8 M.
 
-    python demo/train.py                        all five stages; run it again to go on where it stopped
+    python demo/train.py                        all six stages; run it again to go on where it stopped
     python demo/train.py --minutes 1 --out /tmp/demo
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
@@ -8,15 +8,17 @@ them; the first two stages stand in for that:
 
     towers    SAM and SigLIP alone: say what is in each ninth of a crowded picture (for SAM also the letters),
               through linear layers that are thrown away afterwards. Stands in for their pretraining.
-    language  Llama alone: next-token prediction on conversations about scenes told in words. For DeepSeek-LLM's.
+    language  Llama alone, on conversations about scenes told in words. Stands in for DeepSeek-LLM's.
     adaptor   the paper's stage 1: the aligner learns on captions; all else is frozen.
     joint     stage 2: aligner and language model; one conversation in five is text alone.
-    chat      stage 3: everything (the paper leaves SAM frozen, to save memory).
+    chat      stage 3: everything but SAM. One conversation in five is about two pictures: what changed?
+    practice  stage 3 a little longer, with more to count.
 
-In the last two the loss is on the answers alone: here questions are drawn by chance, and teach nothing.
+From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
+nothing. All stages take about two hours on 2 cores; stopped within `towers`, the model cannot speak yet.
 
 Loss and held-out accuracy (of 16 pictures for the towers, of 50 questions of each kind for answers) print as it goes
-and are kept in history.csv beside the checkpoint.
+and are kept in history.csv beside the checkpoint, with the seconds since the stage began.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from pickle import UnpicklingError
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,13 +42,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from empty_checkpoint import write_empty_checkpoint
 from evaluate import accuracy
-from scenes import COLORS, KINDS, RADII, SIDE, TASKS, Scene, chat, draw, letters, random_scene
+from scenes import TASKS, chat, compare, draw, random_scene
+from towers import TowerLoss, letter_map, ninths
 
 from generate import fail, pick_device
 from load_weights import read_config, save_model
 from model import DeepseekVL
 from processor import Processor
-from vision import HybridConfig, HybridTower
 
 
 @dataclass(frozen=True)
@@ -55,103 +56,26 @@ class Stage:
     name: str
     steps: int
     batch: int  # pictures or conversations a step
-    rate: float  # the highest learning rate, reached after WARMUP steps, then a cosine down to a twentieth
-    learns: tuple[str, ...]  # parts of the model
+    rate: float  # learning rate: rises over WARMUP steps, below a cosine from this down to a twentieth
+    learns: tuple[str, ...]  # parts of the model, by the beginnings of their parameters' names
 
 
 WARMUP = 100
 STAGES = (
-    Stage("towers", 2600, 16, 2e-3, ("vision",)),
-    Stage("language", 2500, 16, 2e-3, ("language", "lm_head")),
+    Stage("towers", 2200, 16, 2e-3, ("vision",)),
+    Stage("language", 700, 16, 3e-3, ("language", "lm_head")),
     Stage("adaptor", 200, 16, 2e-3, ("aligner",)),
-    Stage("joint", 5000, 16, 8e-4, ("aligner", "language", "lm_head")),
-    Stage("chat", 4000, 16, 4e-4, ("vision", "aligner", "language", "lm_head")),
+    Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
+    Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
+    Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
 )
+# Asked for more often, because in held-out answers they were the weakest by then.
+WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
 REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
 MEASURES = ("shapes", "signs", *TASKS)  # held out: what the towers name, what the model answers
 
 
-# ------------------------------------------------------------------------------------------- data and losses
-
-CONTENTS = ("nothing", *KINDS, "sign")
-LETTERS = " 0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SIGN_LENGTH = 4
-IGNORED = -100
-
-
-def ninths(scene: Scene) -> Tensor:
-    """What each of the nine cells holds: int64 (9, 7), of content, colour, size and four letters."""
-    labels = torch.full((9, 3 + SIGN_LENGTH), IGNORED)
-    labels[:, 0] = 0
-    for shape in scene.shapes:
-        found = 1 + KINDS.index(shape.kind), list(COLORS).index(shape.color), list(RADII).index(shape.size)
-        labels[shape.cell, :3] = torch.tensor(found)
-    for sign in scene.signs:
-        labels[sign.cell, 0] = CONTENTS.index("sign")
-        labels[sign.cell, 3:] = torch.tensor([LETTERS.index(letter) for letter in sign.text.ljust(SIGN_LENGTH)])
-    return labels
-
-
-def letter_map(scene: Scene, grid: int) -> Tensor:
-    """For each patch of SAM's grid the letter whose middle lies in it, or 0: int64 (grid * grid,)."""
-    labels = torch.zeros(grid, grid, dtype=torch.long)
-    for sign in scene.signs:
-        for letter, x, y in letters(sign):
-            column, row = (min(grid - 1, max(0, int(at * grid / SIDE))) for at in (x, y))
-            labels[row, column] = LETTERS.index(letter)
-    return labels.flatten()
-
-
-class TowerLoss(nn.Module):
-    """Linear layers on the towers' outputs, and what they are asked. None of this is kept.
-
-    On the mean of each ninth's four tokens: what is in it? On each token: where is it, so that a language model can
-    tell places apart? On each patch after SAM's last block, in the place of the segmentation that it was trained for:
-    which letter is here?
-    """
-
-    def __init__(self, config: HybridConfig):
-        super().__init__()
-        choices = [len(CONTENTS), len(COLORS), len(RADII), *[len(LETTERS)] * SIGN_LENGTH]
-        self.high = nn.ModuleList(nn.Linear(config.high.downsample_channels[-1], n) for n in choices)
-        self.low = nn.ModuleList(nn.Linear(config.low.width, n) for n in choices[:3])
-        widths = config.high.downsample_channels[-1], config.low.width
-        self.place = nn.ModuleList(nn.Linear(width, config.low.grid**2) for width in widths)
-        self.letter = nn.Linear(config.high.width, len(LETTERS))
-        self.register_buffer("rarity", torch.tensor([0.1] + [1.0] * (len(LETTERS) - 1)))
-
-    def forward(self, tower: HybridTower, batch: dict[str, Tensor]) -> Tensor:
-        """The sum of all heads' mean cross entropies."""
-        patches: list[Tensor] = []
-        hook = tower.high.blocks[-1].register_forward_hook(lambda module, inputs, output: patches.append(output))
-        high, low = tower(*tower.split(batch["pixel_values"].to(self.rarity.device)))
-        hook.remove()
-        letter_labels = batch["letters"].to(self.rarity.device).flatten()
-        loss = F.cross_entropy(self.letter(patches[0]).flatten(0, 2), letter_labels, self.rarity)
-        labels = batch["labels"].to(self.rarity.device)
-        for heads, place, tokens in zip((self.high, self.low), self.place, (high, low)):
-            here = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-            loss = loss + F.cross_entropy(place(tokens).flatten(0, 1), here)
-            cells = self.mean_of_ninths(tokens)
-            for i, head in enumerate(heads):
-                loss = loss + F.cross_entropy(head(cells).flatten(0, 1), labels[..., i].flatten(), ignore_index=IGNORED)
-        return loss
-
-    @torch.no_grad()
-    def scores(self, tower: HybridTower, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Of the shapes, the share whose kind, colour and size SAM's heads get right; of the signs, the share read."""
-        high, _ = tower(*tower.split(batch["pixel_values"].to(self.rarity.device)))
-        cells, labels = self.mean_of_ninths(high), batch["labels"].to(self.rarity.device)
-        right = torch.stack([head(cells).argmax(-1) for head in self.high], dim=-1) == labels
-        is_shape, is_sign = labels[..., 1] != IGNORED, labels[..., 3] != IGNORED
-        shapes, signs = right[is_shape][:, :3].all(-1), right[is_sign][:, 3:].all(-1)
-        return {"shapes": shapes.float().mean().item(), "signs": signs.float().mean().item()}
-
-    @staticmethod
-    def mean_of_ninths(tokens: Tensor) -> Tensor:
-        """(B, 36, C) -> (B, 9, C)."""
-        side = math.isqrt(tokens.shape[1])
-        return F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, (side, side)), 3).flatten(2).transpose(1, 2)
+# ------------------------------------------------------------------------------------------- data
 
 
 class Batches(Dataset):
@@ -161,7 +85,6 @@ class Batches(Dataset):
         self.stage, self.seed, self.first = stage, seed, first
         self.processor = Processor(folder)
         self.grid = read_config(folder).vision.high.grid
-        self.processor.mask_prompt = stage.name in ("joint", "chat")  # the loss is on answers alone
 
     def __len__(self) -> int:
         return self.stage.steps - self.first
@@ -181,9 +104,13 @@ class Batches(Dataset):
 
     def conversation(self, rng: Random) -> list[dict]:
         if self.stage.name == "adaptor":
-            return chat(rng, turns=1, tasks=("describe",))
-        pictures = rng.random() < {"language": 0, "joint": 0.8, "chat": 0.95}[self.stage.name]
-        return chat(rng, pictures=pictures)
+            return chat(rng, tasks=("describe",))
+        if self.stage.name in WEAK:
+            if rng.random() < 0.2:
+                return compare(rng)
+            tasks = (*TASKS, *WEAK[self.stage.name])
+            return chat(rng, tasks, pictures=rng.random() < 0.95, describe_ends=False)
+        return chat(rng, pictures=rng.random() < {"language": 0, "joint": 0.8}[self.stage.name])
 
 
 def loss_of(stage: Stage, model: DeepseekVL, tower_loss: TowerLoss, batch: dict[str, Tensor]) -> Tensor:
@@ -193,6 +120,17 @@ def loss_of(stage: Stage, model: DeepseekVL, tower_loss: TowerLoss, batch: dict[
 # ------------------------------------------------------------------------------------------- training
 
 
+def start_small(model: DeepseekVL) -> None:
+    """Start the language model with small embeddings and layers that add little to them, as GPT-2 does, and its head as
+    a copy of the embeddings: then to repeat a word seen before needs no learning word by word."""
+    for name, p in model.language.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 if "embed" in name else p.shape[1] ** -0.5
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=std / math.sqrt(2 * len(model.language.layers)) if adds else std)
+    model.lm_head.weight.data.copy_(model.language.embed_tokens.weight)
+
+
 class Run:
     """What a run has learnt so far, and where it stands; saved often, so that stopping costs little."""
 
@@ -200,8 +138,8 @@ class Run:
         """Raises ValueError where the folder holds something else, or a run with another seed."""
         self.folder, self.seed = folder, seed
         self.file, self.history = folder / "unfinished.pt", folder / "history.csv"
-        self.stage, self.step, self.seconds, self.optimizer_state = 0, 0, 0.0, {}
-        state = torch.load(self.file, map_location="cpu", weights_only=True) if self.file.exists() else None
+        self.stage, self.step, self.seconds, self.optimizer_states = 0, 0, 0.0, []
+        state = self.read() if self.file.exists() else None
         if state is None:
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"--out {folder}: holds files, but no unfinished run; expected a new or empty folder")
@@ -210,24 +148,42 @@ class Run:
         torch.manual_seed(seed)
         config = read_config(folder)
         self.model = DeepseekVL(config).to(device)
+        start_small(self.model)
         nn.init.ones_(self.model.vision.high.hd_alpha_downsamples)  # SAM's early and late features start as equals
         self.tower_loss = TowerLoss(config.vision).to(device)
         self.processor = Processor(folder)
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.tower_loss.load_state_dict(state["tower_loss"])
-            self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
-            self.optimizer_state = state["optimizer"]
-            if state["seed"] != seed:
-                raise ValueError(f"--seed {seed}: the run in {folder} has seed {state['seed']}")
-            lines = self.history.read_text().splitlines(keepends=True)  # without what was reported, but not saved
-            self.history.write_text("".join(lines[: state["lines"]]))
+        if state is None:
+            self.save()
+        else:
+            self.go_on(state)
+
+    def read(self) -> dict:
+        """What `save` wrote."""
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            missing = {"model", "tower_loss", "optimizers", "stage", "step", "seconds", "seed", "lines"} - set(state)
+        except (UnpicklingError, EOFError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.file}: not a run that this program saved ({type(error).__name__})") from error
+        if missing:
+            raise ValueError(f"{self.file}: not a run that this program saved (no {min(missing)})")
+        return state
+
+    def go_on(self, state: dict) -> None:
+        """From what was saved; history.csv without what was reported after that."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"--seed {self.seed}: the run in {self.folder} has seed {state['seed']}")
+        self.model.load_state_dict(state["model"])
+        self.tower_loss.load_state_dict(state["tower_loss"])
+        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.optimizer_states = state["optimizers"]
+        lines = self.history.read_text().splitlines(keepends=True)
+        self.history.write_text("".join(lines[: state["lines"]]))
 
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
             "tower_loss": self.tower_loss.state_dict(),
-            "optimizer": self.optimizer_state,
+            "optimizers": self.optimizer_states,
         }
         state |= {"stage": self.stage, "step": self.step, "seconds": self.seconds, "seed": self.seed}
         state["lines"] = len(self.history.read_text().splitlines())
@@ -250,35 +206,44 @@ class Run:
         return accuracy(self.model, self.processor, 50, pictures=stage.name != "language", split="held-out")
 
 
+def make_optimizers(model: DeepseekVL, learning: list[Tensor]) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of linear layers (https://kellerjordan.github.io/posts/muon), with updates of AdamW's size,
+    so that one rate serves both; AdamW for all else: embeddings, the head, convolutions, vectors, the towers' loss."""
+    linear = {module.weight for part in (model.vision, model.aligner, model.language) for module in part.modules()
+              if isinstance(module, nn.Linear)}  # fmt: skip
+    hidden = [p for p in learning if p in linear]
+    rest = [p for p in learning if p not in linear]
+    matrices, vectors = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    muon = [torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")] if hidden else []
+    return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+
+
 def train_stage(run: Run, stage: Stage, deadline: float) -> bool:
     """Train until the stage ends, or the time does. Returns whether the stage ended."""
     model, tower_loss = run.model, run.tower_loss
-    for name, part in model.named_children():
-        part.requires_grad_(name in stage.learns)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(stage.learns))
     tower_loss.requires_grad_(stage.name == "towers")
     learning = [p for p in [*model.parameters(), *tower_loss.parameters()] if p.requires_grad]
-    matrices, vectors = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
-    if run.optimizer_state:
-        optimizer.load_state_dict(run.optimizer_state)
+    optimizers = make_optimizers(model, learning)
+    for optimizer, state in zip(optimizers, run.optimizer_states):
+        optimizer.load_state_dict(state)
     workers = min(4, cores - 1) if (cores := os.cpu_count() or 1) >= 4 else 0  # two cores are best left to the model
-    batches = DataLoader(
-        Batches(stage, run.folder, run.seed, run.step), batch_size=None, num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )  # fmt: skip
+    batches = DataLoader(Batches(stage, run.folder, run.seed, run.step), batch_size=None, num_workers=workers)
     losses: list[Tensor] = []
     started, saved = time.perf_counter() - run.seconds, time.perf_counter()
     for batch in batches:
         warm, share = run.step / WARMUP, run.step / stage.steps
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate * min(warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate * min(warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+            optimizer.zero_grad()
         loss = loss_of(stage, model, tower_loss, batch)
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.detach())
         run.step += 1
         now = time.perf_counter()
@@ -290,7 +255,7 @@ def train_stage(run: Run, stage: Stage, deadline: float) -> bool:
             losses.clear()
         if now - saved > SAVE_SECONDS or ends or now > deadline:
             saved = now
-            run.optimizer_state = optimizer.state_dict()
+            run.optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
             run.save()
         if now > deadline:
             break
@@ -305,7 +270,7 @@ def train(run: Run, deadline: float) -> None:
         if not ended:
             print(f"stopped; the same command goes on from here. So far: {run.folder}")
             return
-        run.stage, run.step, run.seconds, run.optimizer_state = run.stage + 1, 0, 0.0, {}
+        run.stage, run.step, run.seconds, run.optimizer_states = run.stage + 1, 0, 0.0, []
         run.save()
     run.file.unlink()
     print(f"done: {run.folder}")
@@ -316,24 +281,19 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "retrained", metavar="DIR", help="default: %(default)s")
     add("--minutes", type=float, default=math.inf, metavar="M", help="stop after M minutes; a later run goes on")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="the same seed on the same machine gives the same run (default: 0)",
-    )
+    add("--seed", type=int, default=0, metavar="S", help="on one CPU the same seed gives the same run (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args()
+    if not hasattr(torch.optim, "Muon"):
+        fail(f"torch is {torch.__version__}, training needs 2.9 or newer for torch.optim.Muon")
     torch.set_float32_matmul_precision("high")  # on a GPU: products in TF32
     try:
         run = Run(args.out, pick_device(args.device), args.seed)
         train(run, time.perf_counter() + 60 * args.minutes)
     except (ValueError, OSError) as error:
         fail(str(error))
-    except (UnpicklingError, KeyError, RuntimeError) as error:
-        fail(f"{args.out / 'unfinished.pt'}: not a run that this program saved ({type(error).__name__})")
     except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what was saved last", file=sys.stderr)
         sys.exit(130)
 
 

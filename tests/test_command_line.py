@@ -442,8 +442,7 @@ DAMAGED_MODELS = {
 # What is wrong with the command: words of the one line that says so.
 BAD_COMMANDS = {
     # The command itself.
-    "": "--model is missing, expected a checkpoint folder",
-    "--prompt Hello": "--model is missing, expected a checkpoint folder",
+    "": "nothing to do: give --image, --prompt or both",
     f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
     f"{ASK} --quantize int3": "--quantize: invalid choice",
     f"{ASK} --quantize int8 --save model": "model: expected the name of a new folder",

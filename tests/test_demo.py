@@ -1,8 +1,10 @@
-"""The demo: its scenes, its questions, and that its training learns and goes on after a stop."""
+"""The demo: its scenes, its checkpoint's answers, and that its training learns and goes on after a stop."""
 
 import csv
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -16,6 +18,21 @@ sys.path.insert(0, str(DEMO))
 import evaluate
 import scenes
 import train
+
+from generate import DEMO_NOTICE
+from load_weights import load_model
+from processor import Processor
+
+CHECKPOINT = DEMO / "checkpoint"
+
+# What 100 fixed scenes must at least give: a little below the figures of 500 in the README.
+LEAST = {"describe": 0.97, "color": 0.97, "count": 0.92, "position": 0.97, "relation": 0.94, "text": 0.96}
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return load_model(CHECKPOINT, dtype=torch.float32), Processor(CHECKPOINT)
+
 
 # ---------------------------------------------------------------------------- scenes
 
@@ -49,24 +66,26 @@ def test_answers_follow_from_the_scene():
             asked[task] += 1
             if task == "describe":
                 for shape in scene.shapes:
-                    assert f"{shape.size} {shape.color} {shape.kind} in the {scenes.CELLS[shape.cell]}" in answer
-                assert answer.count(" in the ") == len(scene.shapes)
+                    told = f"n the {scenes.CELLS[shape.cell]} a {shape.size} {shape.color} {shape.kind}"
+                    assert f"I{told}" in answer or f" i{told}" in answer
+                assert answer.count("n the ") == len(scene.shapes)
             elif task == "color":
-                meant = [s for s in scene.shapes if question[:-1].endswith((f" the {s.kind}", s.place))]
-                assert [shape.color.capitalize() + "." for shape in meant] == [answer]
+                (shape,) = (s for s in scene.shapes if question[:-1].endswith((f" the {s.kind}", s.place)))
+                thing = f"shape {shape.place}" if question[:-1].endswith(shape.place) else shape.kind
+                assert answer == f"The {thing} is {shape.color}."
             elif task == "count":
                 word = (
                     question.replace("How many ", "").replace("Count the ", "").replace(" are there?", "").rstrip(".")
                 )
                 matching = [s for s in scene.shapes if word in ("shapes", f"{s.kind}s", f"{s.color} shapes")]
-                assert answer == scenes.NUMBERS[len(matching)] + "."
+                assert answer == f"The number of {word} is {scenes.NUMBERS[len(matching)]}."
             elif task == "position":
                 named = [shape for name, shape in where.items() if name in question]
                 if named:
-                    assert answer == f"In the {scenes.CELLS[named[0].cell]}."
+                    assert answer == f"The {named[0].name} is in the {scenes.CELLS[named[0].cell]}."
                 else:
                     (shape,) = (s for s in scene.shapes if question == f"What is in the {scenes.CELLS[s.cell]}?")
-                    assert answer == f"A {shape.size} {shape.name}."
+                    assert answer == f"In the {scenes.CELLS[shape.cell]} a {shape.size} {shape.name}."
             elif task == "relation":
                 a, b = sorted((s for s in scene.shapes if s.name in question), key=lambda s: question.index(s.name))
                 tests = {
@@ -76,12 +95,15 @@ def test_answers_follow_from_the_scene():
                     ("below", "lower"): lambda p, q: p.y > q.y,
                 }
                 (holds,) = (test for words, test in tests.items() if any(word in question for word in words))
+                yes, no = (a, b) if holds(a, b) else (b, a)
+                opening = f"The {a.name} is {a.place}, the {b.name} {b.place}, so the {yes.name}"
                 if question.startswith("Is"):
-                    assert answer == ("Yes." if holds(a, b) else "No.")
+                    relation = question.removeprefix(f"Is the {a.name} ").removesuffix(f" the {b.name}?")
+                    assert answer == f"{opening} is {relation} the {no.name}."
                 else:
-                    assert answer == f"The {a.name if holds(a, b) else b.name}."
+                    assert answer == f"{opening}."
             else:
-                assert answer == (f"{scene.text}." if scene.signs else "There is no text.")
+                assert answer == (f"It says {scene.text}." if scene.signs else "There is no text.")
     assert min(asked.values()) > 150
 
 
@@ -105,8 +127,56 @@ def test_a_change_is_the_one_that_is_told():
         else:
             (was,), (now,) = old.keys() - new.keys(), new.keys() - old.keys()
             assert answer == f"The {was} became {new[now].color}."
-        told.add(answer.split()[2] if answer.startswith("The ") else answer.split()[0])
-    assert len(told) >= 3
+        told.add(answer.split()[3] if answer.startswith("The ") else answer.split()[0])
+    assert told == {"became", "is", "moved", "There", "Nothing"}
+
+
+# ---------------------------------------------------------------------------- the checkpoint
+
+
+def test_checkpoint_is_small():
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 10_000_000
+
+
+def test_answers_on_fresh_scenes(checkpoint):
+    shares = evaluate.accuracy(*checkpoint, scenes=100)
+    assert all(shares[task] >= least for task, least in LEAST.items()), shares
+
+
+def test_small_text_needs_the_high_resolution(checkpoint):
+    model, processor = checkpoint
+    questions = evaluate.exam("text", 50)
+    with evaluate.without_high_resolution(model):
+        given = evaluate.answers(model, processor, [conversation for conversation, _ in questions])
+    assert sum(text == right for text, (_, right) in zip(given, questions)) / 50 < 0.2
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 0.006), ("int4", 0.08)])
+def test_rounded_weights_move_the_logits_little(kind, most, checkpoint):
+    """Trained weights, unlike random ones, have outliers: the bound is a little above what the README states."""
+    model, processor = checkpoint
+    rounded = load_model(CHECKPOINT, dtype=torch.float32, quantize=kind).pack()
+    batch = processor([conversation for conversation, _ in evaluate.exam("describe", 8)])
+    with torch.inference_mode():
+        exact, moved = (m(**batch).logits[batch["attention_mask"].bool()] for m in (model, rounded))
+    assert (moved - exact).norm() <= most * exact.norm()
+
+
+EXACTLY = ("--dtype", "float32", "--device", "cpu")
+
+
+def test_the_command_answers_about_the_readmes_pictures_without_a_model():
+    """As the README shows it: the answer on stdout, one line on stderr."""
+    readme = (DEMO.parent / "README.md").read_text()
+    result = run(DEMO.parent / "generate.py", "--image", DEMO / "images" / "scene.png", *EXACTLY)
+    assert result.returncode == 0 and result.stderr == DEMO_NOTICE + "\n"
+    assert result.stdout.strip() and result.stdout.strip() in readme
+
+
+def test_a_photograph_is_answered_too():
+    result = run(DEMO.parent / "generate.py", "--image", DEMO / "images" / "board.jpg", "--max-new-tokens", 20)
+    assert result.returncode == 0 and result.stdout.strip()
+    assert "photograph" in result.stderr
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -123,9 +193,10 @@ def test_exams_ask_fresh_scenes_what_they_say(task):
 
 
 def test_accuracy_counts_exact_answers(monkeypatch):
-    """A model that always says "Two." is right as often as that is the answer."""
-    monkeypatch.setattr(evaluate, "answers", lambda model, processor, conversations: ["Two."] * len(conversations))
-    right = sum(answer == "Two." for _, answer in evaluate.exam("count", 40))
+    """A model that always says the same is right as often as that is the answer."""
+    said = "The number of shapes is two."
+    monkeypatch.setattr(evaluate, "answers", lambda model, processor, conversations: [said] * len(conversations))
+    right = sum(answer == said for _, answer in evaluate.exam("count", 40))
     assert 0 < right < 40
     assert evaluate.accuracy(None, None, 40, tasks=["count"]) == {"count": right / 40}
 
@@ -159,6 +230,22 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path):
     assert table.returncode == 0 and all(f"| {task} |" in table.stdout for task in evaluate.ALL_TASKS), table.stderr
 
 
+def test_a_run_that_stops_after_every_step_is_the_same_run(tmp_path, monkeypatch):
+    """Two steps of each stage at once, and stopped after each: equal weights to the last bit, and nothing left over."""
+    monkeypatch.setattr(train, "STAGES", tuple(replace(stage, steps=2, batch=2) for stage in train.STAGES))
+    monkeypatch.setattr(train, "accuracy", lambda *arguments, **options: {})
+    weights, starts = [], 0
+    for folder, seconds in ((tmp_path / "at once", 600), (tmp_path / "in pieces", 0)):
+        while not (folder / "model.safetensors").exists() or (folder / "unfinished.pt").exists():
+            training = train.Run(folder, torch.device("cpu"), seed=0)
+            train.train(training, time.perf_counter() + seconds)
+            starts += 1
+        weights.append(training.model.state_dict())
+        rows = list(csv.DictReader((folder / "history.csv").open()))
+        assert [(row["stage"], row["step"]) for row in rows][-1] == (train.STAGES[-1].name, "2")
+    assert starts > 2 and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -179,18 +266,17 @@ def test_bad_input_of_the_demo_is_one_line(tmp_path, monkeypatch, arguments, com
 
 def test_every_stage_learns_what_it_says(tmp_path):
     """One step of each: the parts that it names get gradients, the others none, and the loss is finite."""
-    from dataclasses import replace
-
     training = train.Run(tmp_path / "out", torch.device("cpu"), seed=0)
     for stage in train.STAGES:
         stage = replace(stage, batch=2)
-        for name, part in training.model.named_children():
-            part.requires_grad_(name in stage.learns)
+        for name, p in training.model.named_parameters():
+            p.requires_grad_(name.startswith(stage.learns))
         training.model.zero_grad()
         batch = train.Batches(stage, training.folder, 0, 0)[0]
         loss = train.loss_of(stage, training.model, training.tower_loss, batch)
         loss.backward()
         assert torch.isfinite(loss)
-        learnt = {name.split(".")[0] for name, p in training.model.named_parameters() if p.grad is not None}
-        assert learnt == set(stage.learns)
+        learnt = {name for name, p in training.model.named_parameters() if p.grad is not None}
+        assert learnt == {name for name, _ in training.model.named_parameters() if name.startswith(stage.learns)}
+        assert {part for part in stage.learns if any(name.startswith(part) for name in learnt)} == set(stage.learns)
         assert (batch["labels"] != -100).any()
