@@ -714,7 +714,8 @@ def load_model(
     part = ""
     for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
         module_name, _, tensor_name = name.rpartition(".")
-        if pack and part != part_of(name) and (part == "lm_head" or part and (stored or rounded)):
+        # "language" is what is around its layers: nothing to pack.
+        if pack and part not in ("", "language", part_of(name)) and (part == "lm_head" or stored or rounded):
             pack_part(model, part)
         part = part_of(name)
         if module_name in rounded:

@@ -1165,9 +1165,10 @@ class PackedQuantizedLinear(nn.Module):
         self.in_features, self.group = linears[0].in_features, linears[0].group
         self.bits = 8 if linears[0].weight.dtype == torch.int8 else 4
         scales = [linear.scales for linear in linears]
-        self.scales = torch.cat(scales, dim=0 if self.bits == 8 else 1) if len(scales) > 1 else scales[0]
+        self.scales = torch.cat(scales, dim=0 if self.bits == 8 else 1)
         packed = [linear.weight if self.bits == 8 else self.int4_layout(linear) for linear in linears]
-        self.weight = torch.cat(packed) if len(packed) > 1 else packed[0]
+        # In 8 bits a copy, also of one: the kernel was seen to crash on weights that lie in a mapped file.
+        self.weight = torch.cat(packed) if len(packed) > 1 or self.bits == 8 else packed[0]
 
     @staticmethod
     def int4_layout(linear: QuantizedLinear) -> Tensor:

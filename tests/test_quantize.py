@@ -381,7 +381,7 @@ def test_shards_and_both_layouts_of_names(small_pair, tmp_path):
 @needs_shared
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
-def test_packed_part_by_part_is_packed(name, kind):
+def test_packed_part_by_part_is_packed(name, kind, tmp_path):
     """The same modules, and the same logits to 1e-6."""
     case = golden(name)
     batch = Processor(case.folder)(case.conversations[0])
@@ -391,3 +391,9 @@ def test_packed_part_by_part_is_packed(name, kind):
         kinds = [[type(module) for module in model.modules()] for model in (whole, parts)]
         assert kinds[0] == kinds[1]
         assert_close(parts(**batch).logits.float(), whole(**batch).logits.float(), 1e-6)
+        if kind is not None:  # and from what was saved
+            saved = tmp_path / str(dtype)
+            save_checkpoint(load_model(case.folder, dtype=dtype, quantize=kind), case.folder, saved)
+            again = load_model(saved, dtype=dtype, pack=True)
+            assert [type(module) for module in again.modules()] == kinds[0]
+            assert_close(again(**batch).logits.float(), whole(**batch).logits.float(), 1e-6)
