@@ -517,6 +517,12 @@ BAD_COMMANDS = {
 }
 
 
+def test_without_a_model_and_without_the_demo(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(generate, "DEMO", tmp_path / "demo")
+    result = run("--prompt Hello")
+    assert (result.status, result.out) == (2, "") and result.err.startswith("error: --model is missing, expected a")
+
+
 @pytest.mark.parametrize(
     "command, words", BAD_COMMANDS.items(), ids=[command.replace(SHORT, "")[-60:] for command in BAD_COMMANDS]
 )
