@@ -110,8 +110,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, D, g, g)."""
-        return self.proj(pixels)
+        """(B, 3, height, width) -> (B, g, g, D), laid out so: every norm and sum to come is over memory in a row."""
+        return self.proj(pixels).permute(0, 2, 3, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------- SigLIP
@@ -183,8 +183,7 @@ class SigLIP(nn.Module):
             pixels: (B, 3, image_size, image_size), normalized.
         Returns: (B, N, D), patches row by row.
         """
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = x + self.pos_embed
+        x = self.patch_embed(pixels).flatten(1, 2) + self.pos_embed  # (B, N, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -270,30 +269,52 @@ def attention_with_positions(
 ) -> Tensor:
     """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], without 12 x 4096 x 4096 scores at once.
 
-    On a CPU some windows and heads, or some queries of one head, are done at a time: their scores stay in the cache
-    of the CPU, and that is faster there than the fused attention, which is for all other devices.
+    On a CPU `limit` scores are made at a time, so that they stay in its cache: that is faster there than the fused
+    attention, which is for all other devices. In a window the bias is folded into queries and keys, because rows of
+    14 are slow to add; in a global layer, where it would triple the width of the product, it is added.
 
     Args:
         q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
         limit: scores at a time on a CPU, at least a query's; 0 for the fused attention.
     Returns: (B, H, g * g, d).
     """
+    N = v.shape[2]
+    in_parts = q.device.type == "cpu" and limit > 0
+    if in_parts and N * N > limit:
+        return attention_some_queries_at_a_time(q, k, v, by_row, by_column, max(1, limit // N))
     q, k = fold_positions(q, k, by_row, by_column)
-    if q.device.type != "cpu" or limit == 0:
-        width = q.shape[-1] + -q.shape[-1] % 8  # fused kernels want multiples of 8, and some want v as wide as q
-        q, k, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, values, scale=1.0)[..., : v.shape[-1]]
-    B, H, N, _ = v.shape
-    q, k, values = (t.flatten(0, 1) for t in (q, k, v))
-    heads = max(1, limit // (N * N))  # of all windows or images
-    rows = min(N, max(1, limit // N))  # queries
-    out = torch.empty_like(values)  # (B * H, N, d)
-    for h in range(0, B * H, heads):
-        h = slice(h, h + heads)
-        for r in range(0, N, rows):
-            r = slice(r, r + rows)
-            out[h, r] = (q[h, r] @ k[h].transpose(1, 2)).softmax(dim=-1) @ values[h]
-    return out.view_as(v)
+    if in_parts:
+        return attention_some_heads_at_a_time(q, k, v, limit // (N * N))
+    width = q.shape[-1] + -q.shape[-1] % 8  # fused kernels want multiples of 8, and some want v as wide as q
+    q, k, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, values, scale=1.0)[..., : v.shape[-1]]
+
+
+def attention_some_queries_at_a_time(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, rows: int
+) -> Tensor:
+    """As `attention_with_positions`, `rows` queries of one head at a time; the product is added to their bias."""
+    B, H, N, d = q.shape
+    by_row, by_column = by_row.flatten(2, 3), by_column.flatten(2, 3)  # (B, H, N, g)
+    out = torch.empty_like(v)
+    for head in ((b, h) for b in range(B) for h in range(H)):
+        for start in range(0, N, rows):
+            part = (*head, slice(start, start + rows))
+            bias = (by_row[part][:, :, None] + by_column[part][:, None, :]).flatten(1)  # (rows, N)
+            scores = bias.addmm_(q[part], k[head].T, alpha=d**-0.5)  # in the bias's memory
+            out[part] = scores.softmax(dim=-1) @ v[head]
+    return out
+
+
+def attention_some_heads_at_a_time(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T) v for `heads` windows and heads at a time; shapes as in `attention`."""
+    shape = v.shape
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B * H, N, d)
+    out = torch.empty_like(v)
+    for start in range(0, len(q), heads):
+        part = slice(start, start + heads)
+        out[part] = (q[part] @ k[part].transpose(1, 2)).softmax(dim=-1) @ v[part]
+    return out.view(shape)
 
 
 class SAMAttention(nn.Module):
@@ -319,7 +340,7 @@ class SAMAttention(nn.Module):
 
 
 class SAMMLP(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear, exact GELU, Linear; on a CPU 512 tokens at a time, so that what is between them stays in its cache."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -327,7 +348,9 @@ class SAMMLP(nn.Module):
         self.lin2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        tokens = x.flatten(0, -2)
+        parts = tokens.split(512 if x.device.type == "cpu" else len(tokens))
+        return torch.cat([self.lin2(F.gelu(self.lin1(part))) for part in parts]).view_as(x)
 
 
 class SAMBlock(nn.Module):
@@ -410,7 +433,7 @@ class SAM(nn.Module):
             pixels: (B, 3, image_size, image_size), normalized.
         Returns: (B, tokens_per_side ** 2, C), C = downsample_channels[-1], row by row.
         """
-        x = self.patch_embed(pixels).permute(0, 2, 3, 1) + self.pos_embed  # (B, g, g, D)
+        x = self.patch_embed(pixels) + self.pos_embed  # (B, g, g, D)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i == self.config.global_layers[0]:

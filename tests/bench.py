@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -56,7 +57,18 @@ from model import (  # noqa: E402
     layers_to_quantize,
     pack_linears,
 )
-from vision import SAM, SAMConfig, SigLIPConfig, TileConfig  # noqa: E402
+from vision import (  # noqa: E402
+    SAM,
+    SAMConfig,
+    SigLIPConfig,
+    TileConfig,
+    attention,
+    attention_some_heads_at_a_time,
+    attention_some_queries_at_a_time,
+    attention_with_positions,
+    fold_positions,
+    relative_bias,
+)
 
 CONFIG = ModelConfig(
     vision=SigLIPConfig(),
@@ -320,6 +332,41 @@ def sam() -> None:
         f"SAM branch: ours {times['ours']:.2f} s, theirs {times['theirs']:.2f} s, "
         f"ratio {times['theirs'] / times['ours']:.2f}"
     )
+    for name, batch, grid in (("a global layer", 1, 64), ("25 windows", 25, 14)):
+        for way, taken in seconds(sam_attention(batch, grid), turns=3).items():
+            print(f"attention of {name:16}{way:40}{taken:6.3f} s")
+
+
+def sam_attention(B: int, g: int, H: int = 12, d: int = 64) -> dict[str, Callable]:
+    """What was tried for the attention of one of SAM's layers, relative positions included."""
+    N = g * g
+    q, k, v = torch.randn(B, N, 3, H, d).to(torch.bfloat16).permute(2, 0, 3, 1, 4)
+    tables = [torch.randn(2 * g - 1, d).to(torch.bfloat16) * 0.1 for _ in range(2)]
+
+    def biases() -> tuple[torch.Tensor, torch.Tensor]:
+        return relative_bias(q.unflatten(2, (g, g)), *tables)
+
+    def whole(bias: tuple[torch.Tensor, torch.Tensor], part: slice) -> torch.Tensor:
+        by_row, by_column = (b.flatten(2, 3)[:, :, part] for b in bias)
+        return (by_row[..., :, None] + by_column[..., None, :]).flatten(3)
+
+    def masked() -> None:
+        bias = biases()
+        for part in (slice(start, start + 512) for start in range(0, N, 512)):
+            F.scaled_dot_product_attention(q[:, :, part], k, v, whole(bias, part))
+
+    return {
+        "written out": lambda: attention(q, k, v, whole(biases(), slice(0, N))),
+        "fused, bias as a mask, by blocks": masked,
+        "fused, bias folded": lambda: attention_with_positions(q, k, v, *biases(), limit=0),
+        "by heads, bias folded": lambda: attention_some_heads_at_a_time(
+            *fold_positions(q, k, *biases()), v, max(1, 2**21 // N**2)
+        ),
+        "by queries, product added to the bias": lambda: attention_some_queries_at_a_time(
+            q, k, v, *biases(), 2**21 // N
+        ),
+        "what runs": lambda: attention_with_positions(q, k, v, *biases()),
+    }
 
 
 # ---------------------------------------------------------------------------- int8, int4

@@ -86,6 +86,22 @@ def test_attention_with_positions_equals_attention_with_the_whole_bias(scores, m
     assert sum(sizes) == B * H * (g * g) ** 2
 
 
+@pytest.mark.parametrize("limit", [64 * 10, 64 * 64 * 3], ids=["queries", "heads"])
+def test_attention_with_positions_in_bfloat16(limit):
+    """Either way on a CPU is as near to float64 as the formula written out in bfloat16, the original's: bound 1.0."""
+    q, k, v = torch.randn(3, 2, 3, 64, 16).bfloat16() * 2
+    by_row, by_column = torch.randn(2, 2, 3, 8, 8, 8).bfloat16() * 2
+
+    def written_out(*inputs):
+        q, k, v, by_row, by_column = inputs
+        return attention(q, k, v, (by_row[..., :, None] + by_column[..., None, :]).reshape(2, 3, 64, 64))[0]
+
+    inputs = (q, k, v, by_row, by_column)
+    exact = written_out(*(t.double() for t in inputs))
+    ours, plain = attention_with_positions(*inputs, limit).double(), written_out(*inputs).double()
+    assert (ours - exact).norm() <= (plain - exact).norm()
+
+
 def test_folded_positions_make_fused_attention_enough(monkeypatch):
     """What other devices than a CPU run: fused attention on the folded queries and keys, padded."""
     q, k, v = torch.randn(3, 2, 3, 36, 4)
@@ -101,13 +117,14 @@ def test_folded_positions_make_fused_attention_enough(monkeypatch):
     assert {t.shape[-1] for t in shapes} == {16}
 
 
-def test_gradients_of_attention_with_positions():
+@pytest.mark.parametrize("limit", [64, 600], ids=["queries", "heads"])
+def test_gradients_of_attention_with_positions(limit):
     with torch.enable_grad():
         inputs = [torch.randn(shape, requires_grad=True) for shape in [(1, 2, 16, 4)] * 3 + [(1, 2, 4, 4, 4)] * 2]
         q, k, v, by_row, by_column = inputs
         bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(1, 2, 16, 16)
         towards = torch.randn(1, 2, 16, 4)
-        gradients = torch.autograd.grad((attention_with_positions(*inputs, limit=64) * towards).sum(), inputs)
+        gradients = torch.autograd.grad((attention_with_positions(*inputs, limit=limit) * towards).sum(), inputs)
         expected = torch.autograd.grad((attention(q, k, v, bias)[0] * towards).sum(), inputs)
     for ours, theirs in zip(gradients, expected):
         assert_close(ours, theirs, 1e-5)
@@ -121,10 +138,10 @@ def test_patches_are_cut_row_by_row_and_the_rest_is_dropped():
     patches, pixels = PatchEmbed(4, 5), torch.randn(1, 3, 10, 14)
     matrix, bias = patches.proj.weight.flatten(1), patches.proj.bias
     out = patches(pixels)
-    assert out.shape == (1, 5, 2, 3)
+    assert out.shape == (1, 2, 3, 5) and out.is_contiguous()
     for row, column in itertools.product(range(2), range(3)):
         patch = pixels[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
-        assert_close(out[0, :, row, column], matrix @ patch + bias)
+        assert_close(out[0, row, column], matrix @ patch + bias)
 
 
 # ------------------------------------------------------------------------------------ SigLIP
