@@ -4,6 +4,7 @@
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
     python tests/bench.py sam        the 7B's high-resolution branch
     python tests/bench.py quantize   prefill and decode in bfloat16, int8 and int4, eager and compiled
+    python tests/bench.py errors     what 8 and 4 bits cost in accuracy, for products, layers and logits
     python tests/bench.py prompts    int4: prefill by tokens and images
     python tests/bench.py steps      int4: decode by cache length and rows
     python tests/bench.py small      int4: private memory and time of 1.3B and 7B; writes 19 GB of random files
@@ -27,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -123,10 +125,8 @@ def our_model(quantize: str | None = None) -> DeepseekVL:
         model = DeepseekVL(CONFIG).to(torch.bfloat16)
     model = fill(model.to_empty(device="cpu"))
     if quantize is not None:
-        for name, kind in layers_to_quantize(model, quantize).items():
-            parent, _, layer = name.rpartition(".")
-            weight = model.get_submodule(name).weight
-            setattr(model.get_submodule(parent), layer, QuantizedLinear.from_weight(weight, kind, torch.bfloat16))
+        for name, kind in layers_to_quantize(model, quantize).items():  # one at a time
+            put(model, {name: QuantizedLinear.from_weight(model.get_submodule(name).weight, kind, torch.bfloat16)})
     return model.pack()
 
 
@@ -416,6 +416,55 @@ def quantize() -> None:
 
 
 @torch.inference_mode()
+def errors() -> None:
+    """Relative errors in float32 against weights that are not rounded, for random full-size weights."""
+    x, weight = torch.randn(64, 2048), torch.randn(5632, 2048)
+    for kind in ("int8", "int4"):
+        rounded = QuantizedLinear.from_weight(weight, kind, torch.float32)
+        print(f"one product, 2048 x 5632 normal weights, {kind}: {relative_error(rounded(x), x @ weight.T):.2%}")
+    ids = torch.randint(0, 100000, (1, 64))
+    for start in ("torch's initial weights", "normal weights"):
+        for layers in (1, 4):
+            model = few_layers(layers, normal=start == "normal weights")
+            exact = model(input_ids=ids).logits
+            originals = {name: model.get_submodule(name) for name in layers_to_quantize(model, "int8")}
+            for kind in ("int8", "int4"):
+                rounded = {n: QuantizedLinear.from_weight(o.weight, kind, torch.float32) for n, o in originals.items()}
+                model.lm_head = rounded["lm_head"]
+                head = relative_error(model(input_ids=ids).logits, exact)
+                put(model, rounded)
+                everything = relative_error(model(input_ids=ids).logits, exact)
+                put(model, originals)
+                print(
+                    f"logits, {start}, {layers} layers: {kind} in the head {head:.2%}, "
+                    f"in the layers too {everything:.2%}"
+                )
+            narrow = model.to(torch.bfloat16)(input_ids=ids).logits.float()
+            print(
+                f"logits, {start}, {layers} layers: nothing rounded, but all in bfloat16 {relative_error(narrow, exact):.2%}"
+            )
+
+
+def few_layers(count: int, normal: bool) -> DeepseekVL:
+    language = replace(CONFIG.language, num_hidden_layers=count)
+    model = DeepseekVL(replace(CONFIG, language=language, vision=replace(CONFIG.vision, layers=1))).eval()
+    for name, parameter in model.named_parameters():
+        if normal and parameter.dim() == 2 and name.startswith(("language", "lm_head")):
+            parameter.normal_(0, 0.02)
+    return model
+
+
+def put(model: DeepseekVL, layers: dict[str, torch.nn.Module]) -> None:
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@torch.inference_mode()
 def prompts() -> None:
     """What int4 costs over the prompt's length, and over images."""
     model = our_model("int4")
@@ -512,8 +561,8 @@ def child(who: str, folder: str, dtype: str) -> None:
     before = private_megabytes()
     start = time.perf_counter()
     with PeakMemory() as loading:
-        if who == "ours":
-            model = load_model(folder, dtype=getattr(torch, dtype), pack=True)
+        if who.startswith("ours"):
+            model = load_model(folder, dtype=getattr(torch, dtype), pack=who == "ours, packed")
         else:
             from transformers import DeepseekVLForConditionalGeneration
             from transformers.utils import logging
@@ -528,7 +577,7 @@ def child(who: str, folder: str, dtype: str) -> None:
     with PeakMemory() as answering:
         if dtype == "float16":
             pass  # this CPU emulates float16, and takes minutes
-        elif who == "ours":
+        elif who.startswith("ours"):
             batch["images_seq_mask"] = batch["input_ids"] == CONFIG.image_token_id
             generate(model, batch, max_new_tokens=8)
         else:
@@ -574,14 +623,14 @@ def load() -> None:
         write_checkpoint(ours, OFFICIAL, ONE_B)
         write_checkpoint(theirs, TRANSFORMERS, transformers_config().to_dict())
         print(
-            f"{'':28}{'seconds':>9}{'model MiB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MiB)"
+            f"{'':34}{'seconds':>9}{'model MiB':>10}{'peak loading':>14}{'peak answering':>16}   (private memory, MiB)"
         )
         for dtype in ("bfloat16", "float16"):
-            for who, folder in (("ours", ours), ("transformers", theirs)):
+            for who, folder in (("ours", ours), ("ours, packed", ours), ("transformers", theirs)):
                 runs = [measure_in_child(who, folder, dtype) for _ in range(3)]
                 middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 print(
-                    f"{who + ', float16 -> ' + dtype:28}{middle['seconds']:9.2f}{middle['size']:10.0f}"
+                    f"{who + ', float16 -> ' + dtype:34}{middle['seconds']:9.2f}{middle['size']:10.0f}"
                     f"{middle['loading']:14.0f}{middle['answering']:16.0f}"
                 )
 
@@ -744,6 +793,7 @@ if __name__ == "__main__":
         "compute": compute,
         "sam": sam,
         "quantize": quantize,
+        "errors": errors,
         "prompts": prompts,
         "steps": steps,
         "small": small,
