@@ -19,6 +19,8 @@ Shape letters:
     N  patches of one, N = g * g  D  width of a token  C  channels, or a width given by the other side
     g  patches along a side       s  tokens along a tile's side, after folding (VL2)
 
+In the attention of SAM's windows B counts windows, and g and N are of a window.
+
 Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), DeepSeek-VL2 (2412.10302, section 3.1),
 SigLIP (2303.15343), Segment Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows
 and the neck. This file imports torch alone, so it can be lifted out as it is.
@@ -81,9 +83,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + bias) v, written out; the scale is 1 / sqrt(d) unless given.
 
-    The models call `scaled_dot_product_attention` for the same result, because it never holds all
-    the weights at once; the tests check that the two agree. This form serves where the weights are
-    wanted.
+    This form serves where the weights are wanted. Otherwise the models call `scaled_dot_product_attention`,
+    or in SAM `attention_with_positions`, for the same result without holding all weights at once; the tests
+    check that they agree.
 
     Args:
         q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
@@ -110,7 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, g, g, D), laid out so: every norm and sum to come is over memory in a row."""
+        """(B, 3, height, width) -> (B, rows, columns, D), contiguous, so that no later norm or sum has to stride."""
         return self.proj(pixels).permute(0, 2, 3, 1).contiguous()
 
 
@@ -217,15 +219,16 @@ def window_unpartition(windows: Tensor, window: int, height: int, width: int) ->
     return x.reshape(-1, rows * window, columns * window, windows.shape[-1])[:, :height, :width]
 
 
-def relative_positions(table: Tensor, size: int) -> Tensor:
+def relative_positions(table: Tensor) -> Tensor:
     """For each query and key coordinate along one axis, the learned vector of their offset.
 
     Args:
-        table: (2 * size - 1, d), row `query - key + size - 1` for that offset.
-    Returns: (size, size, d), indexed by [query, key].
+        table: (2 * g - 1, d), row `query - key + g - 1` for that offset.
+    Returns: (g, g, d), indexed by [query, key].
     """
-    coordinates = torch.arange(size, device=table.device)
-    return table[coordinates[:, None] - coordinates[None, :] + size - 1]
+    g = (len(table) + 1) // 2
+    coordinates = torch.arange(g, device=table.device)
+    return table[coordinates[:, None] - coordinates[None, :] + g - 1]
 
 
 def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,11 +240,10 @@ def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, 
 
     Args:
         q: (B, H, g, g, d); table_h, table_w: (2 g - 1, d).
-    Returns: bias by key row and by key column, each (B, H, g, g, g).
+    Returns: by_row[b, h, qh, qw, kh] and by_column[b, h, qh, qw, kw], each (B, H, g, g, g).
     """
-    g = q.shape[2]
-    by_row = torch.einsum("bhyxd,ykd->bhyxk", q, relative_positions(table_h, g))
-    by_column = torch.einsum("bhyxd,xkd->bhyxk", q, relative_positions(table_w, g))
+    by_row = torch.einsum("bhyxd,ykd->bhyxk", q, relative_positions(table_h))
+    by_column = torch.einsum("bhyxd,xkd->bhyxk", q, relative_positions(table_w))
     return by_row, by_column
 
 
@@ -250,71 +252,66 @@ def fold_positions(q: Tensor, k: Tensor, by_row: Tensor, by_column: Tensor) -> t
 
         q . k / sqrt(d) + by_row[kh] + by_column[kw] = (q / sqrt(d), by_row, by_column) . (k, onehot(kh), onehot(kw))
 
-    So the bias, as large as the scores, is never made: a matmul adds it up.
+    So the bias, as large as the scores, need not be made: a matmul adds it up.
 
     Args:
         q, k: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
     Returns: both (B, H, g * g, d + 2 g).
     """
-    B, H, N, d = q.shape
-    g = by_row.shape[2]
+    g, d = by_row.shape[-1], q.shape[-1]
     onehot = torch.eye(g, dtype=k.dtype, device=k.device)
-    row, column = onehot.repeat_interleave(g, dim=0), onehot.repeat(g, 1)  # (N, g): of each key
-    q = torch.cat((q * d**-0.5, by_row.flatten(2, 3), by_column.flatten(2, 3)), dim=-1)
-    return q, torch.cat((k, torch.cat((row, column), dim=1).expand(B, H, N, 2 * g)), dim=-1)
+    of_row, of_column = onehot[:, None].expand_as(by_row), onehot.expand_as(by_row)  # [..., kh, kw, :]
+    q, k = (t.unflatten(2, (g, g)) for t in (q * d**-0.5, k))
+    q, k = torch.cat((q, by_row, by_column), dim=-1), torch.cat((k, of_row, of_column), dim=-1)
+    return q.flatten(2, 3), k.flatten(2, 3)
 
 
 def attention_with_positions(
     q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int = 2**21
 ) -> Tensor:
-    """`attention` with bias = by_row[..., :, None] + by_column[..., None, :], without 12 x 4096 x 4096 scores at once.
+    """`attention` with bias[(qh, qw), (kh, kw)] = by_row[qh, qw, kh] + by_column[qh, qw, kw].
 
-    On a CPU `limit` scores are made at a time, so that they stay in its cache: that is faster there than the fused
-    attention, which is for all other devices. In a window the bias is folded into queries and keys, because rows of
-    14 are slow to add; in a global layer, where it would triple the width of the product, it is added.
+    The N x N scores of all heads never exist at once (in bfloat16 403 MB for the 7B's global layers). A CPU does
+    `limit` of them at a time, which its cache can hold: that is faster there than the fused attention, which all other
+    devices run. Where the scores of one head are within the limit, as in every window, the bias is folded into queries
+    and keys; where they are not, as for 64 x 64 patches, that would triple the work, and the product is added to the
+    bias instead.
 
     Args:
-        q, k, v: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
-        limit: scores at a time on a CPU, at least a query's; 0 for the fused attention.
-    Returns: (B, H, g * g, d).
+        q, k, v: (B, H, N, d), N = g * g; by_row, by_column: (B, H, g, g, g).
+        limit: how many scores a CPU makes at a time, or N if that is more; 0 for the fused attention there too.
+    Returns: (B, H, N, d).
     """
     N = v.shape[2]
-    in_parts = q.device.type == "cpu" and limit > 0
-    if in_parts and N * N > limit:
-        return attention_some_queries_at_a_time(q, k, v, by_row, by_column, max(1, limit // N))
+    if q.device.type == "cpu" and limit > 0:
+        if N * N > limit:
+            return attention_some_queries_at_a_time(q, k, v, by_row, by_column, max(1, limit // N))
+        return attention_some_heads_at_a_time(*fold_positions(q, k, by_row, by_column), v, limit // (N * N))
     q, k = fold_positions(q, k, by_row, by_column)
-    if in_parts:
-        return attention_some_heads_at_a_time(q, k, v, limit // (N * N))
-    width = q.shape[-1] + -q.shape[-1] % 8  # fused kernels want multiples of 8, and some want v as wide as q
+    width = q.shape[-1] + -q.shape[-1] % 8  # CUDA's kernels want multiples of 8, and v as wide as q, as MPS may too
     q, k, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, values, scale=1.0)[..., : v.shape[-1]]
 
 
 def attention_some_queries_at_a_time(
-    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, rows: int
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, queries: int
 ) -> Tensor:
-    """As `attention_with_positions`, `rows` queries of one head at a time; the product is added to their bias."""
-    B, H, N, d = q.shape
-    by_row, by_column = by_row.flatten(2, 3), by_column.flatten(2, 3)  # (B, H, N, g)
-    out = torch.empty_like(v)
-    for head in ((b, h) for b in range(B) for h in range(H)):
-        for start in range(0, N, rows):
-            part = (*head, slice(start, start + rows))
-            bias = (by_row[part][:, :, None] + by_column[part][:, None, :]).flatten(1)  # (rows, N)
-            scores = bias.addmm_(q[part], k[head].T, alpha=d**-0.5)  # in the bias's memory
-            out[part] = scores.softmax(dim=-1) @ v[head]
-    return out
+    """As `attention_with_positions`, `queries` of one head at a time."""
+    shape, scale, out = v.shape, q.shape[-1] ** -0.5, []
+    heads = (t.flatten(0, 1) for t in (q, k, v, by_row.flatten(2, 3), by_column.flatten(2, 3)))
+    for q, k, v, rows, columns in zip(*heads):  # of one head, (N, d) and (N, g)
+        for some, row, column in zip(*(t.split(queries) for t in (q, rows, columns))):
+            bias = (row[:, :, None] + column[:, None, :]).flatten(1)  # (queries, N)
+            scores = bias.addmm_(some, k.T, alpha=scale)  # in the bias's memory
+            out.append(scores.softmax(dim=-1) @ v)
+    return torch.cat(out).view(shape)
 
 
 def attention_some_heads_at_a_time(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T) v for `heads` windows and heads at a time; shapes as in `attention`."""
-    shape = v.shape
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B * H, N, d)
-    out = torch.empty_like(v)
-    for start in range(0, len(q), heads):
-        part = slice(start, start + heads)
-        out[part] = (q[part] @ k[part].transpose(1, 2)).softmax(dim=-1) @ v[part]
-    return out.view(shape)
+    """softmax(q k^T) v, `heads` of all B * H at a time; the scale is in the queries. Shapes as in `attention`."""
+    parts = zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v)))
+    out = [(q @ k.transpose(1, 2)).softmax(dim=-1) @ v for q, k, v in parts]
+    return torch.cat(out).view(v.shape)
 
 
 class SAMAttention(nn.Module):
@@ -356,7 +353,7 @@ class SAMMLP(nn.Module):
 class SAMBlock(nn.Module):
     """Pre-norm block on a grid; `window` 0 means global attention.
 
-    Windows are cut after the norm, so the padding really is zeros.
+    Windows are cut after the norm, so what `qkv` sees in the padding is zeros, not the norm's bias.
     """
 
     def __init__(self, config: SAMConfig, window: int):

@@ -184,7 +184,7 @@ def test_window_unpartition_undoes_window_partition(height, width):
 
 def test_relative_positions_are_looked_up_by_query_minus_key():
     table = torch.randn(9, 4)
-    looked_up = relative_positions(table, 5)
+    looked_up = relative_positions(table)
     assert looked_up.shape == (5, 5, 4)
     for query, key in itertools.product(range(5), range(5)):
         assert torch.equal(looked_up[query, key], table[query - key + 4])
