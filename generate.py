@@ -142,9 +142,11 @@ def prefill(
 class CompiledStep:
     """A model's decode step through torch.compile, on CUDA as a graph that is replayed.
 
-    Compiles at the first step, which takes a minute or so, and anew for another number of rows or capacity of the
-    cache, which `decode` therefore rounds up to a multiple of `CAPACITY`. Where that cannot be done, as for
-    `PackedLinear` layers or without a C++ compiler, `failed` is told why, once, and steps are as without it.
+    Compiles at the first step, which takes about a minute (seconds, once torch has kept the result on disk), and anew
+    for another number of rows or capacity of the cache, which `decode` therefore rounds up to a multiple of `CAPACITY`.
+    A step attends to all of that capacity and hides what is not there yet, so ask for no more tokens than you want.
+    Where that cannot be done, as for `PackedLinear` layers or without a C++ compiler, `failed` is told why, once, and
+    steps are as without it.
     """
 
     CAPACITY = 256
@@ -152,12 +154,16 @@ class CompiledStep:
     def __init__(self, model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None):
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         self.failed, self.last = failed, None
-        # Layers with experts are compiled one by one, because which experts run depends on values.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        self.compiled = torch.compile(model.fixed_shape_step, mode=mode, dynamic=False)
+        self.compiled = None
         if any(isinstance(module, PackedLinear) for module in model.language.modules()):
-            self.compiled = None
-            failed("the compiler does not know bfloat16 weights packed for a CPU")
+            failed("the compiler does not know bfloat16 weights packed for a CPU, only what --quantize makes of them")
+            return
+        try:
+            # Layers with experts are compiled one by one, because which experts run depends on values.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+            self.compiled = torch.compile(model.fixed_shape_step, mode=mode, dynamic=False)
+        except (RuntimeError, AttributeError) as error:  # of a torch too old, or for too new a Python
+            failed(str(error))
 
     def __call__(self, ids: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor | None:
         """
@@ -523,10 +529,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeats (default: 1)")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the device's fastest)")
-    add("--quantize", choices=tuple(QUANTIZATIONS), help="round the decoder's weights to 8 or 4 bits: smaller, faster")
-    add("--save", metavar="DIR", help="also write the quantized checkpoint, for --model the next time")
+    add(
+        "--quantize",
+        choices=tuple(QUANTIZATIONS),
+        help="round the decoder and the head to 8 or 4 bits: smaller, faster",
+    )
+    add("--save", metavar="DIR", help="with --quantize: write the result to this new folder, for --model the next time")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action="store_true", help="compile the decode step: slow to start, then faster")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the decode step (CPU: with --quantize): starts slowly, then faster",
+    )
     add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
@@ -584,7 +598,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     if args.save is not None:
         if args.quantize is None:
             raise ValueError("--save writes a quantized checkpoint, give --quantize")
-        check_new_folder(Path(args.save))
+        try:
+            check_new_folder(Path(args.save))
+        except ValueError as error:
+            raise ValueError(f"--save {error}") from None
     if args.model is None and not DEMO.is_dir():
         raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
     folder = str(DEMO) if args.model is None else args.model
@@ -619,7 +636,7 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         reason = "--compile: not possible here, going on without it"
         options["compiled"] = CompiledStep(model, lambda why: print(f"{reason} ({why})", file=sys.stderr))
     text, answer = TextStream(processor.tokenizer), ""
-    start, first, count = time.perf_counter(), 0.0, 0
+    start, first, second, count = time.perf_counter(), 0.0, 0.0, 0
 
     def say(piece: str) -> None:
         nonlocal answer
@@ -632,13 +649,16 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
                 first = time.perf_counter()
                 note("")
             count += 1
+            if count == 2:
+                second = time.perf_counter()
             say(text.push(new))
     finally:  # also after Ctrl-C: what was produced ends as a whole line
         if count:
             now = time.perf_counter()
             say(text.finish())
             say("" if answer.endswith("\n") else "\n")
-            rate = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 else ""
+            # Not the second token's time, which may be that of compiling.
+            rate = f", {(count - 2) / (now - second):.1f} tokens/s" if count > 2 else ""
             note(
                 f"{prompt_tokens} tokens read in {first - start:.1f} s, {count} written in {now - first:.1f} s{rate}\n"
             )

@@ -681,8 +681,9 @@ def load_model(
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
         pack: as `DeepseekVL.pack`, with less memory at its peak. The head, which is the largest layer and for a moment
-            there twice, comes first. Quantized layers are packed as they come, too (for bfloat16 ones that was measured
-            to need more: what is freed in between is in pieces).
+            there twice, comes first. Where layers are quantized, all parts are packed as they come, too (without it
+            that was measured to need more: what is freed in between is in pieces). Quantized layers that are not
+            packed are widened at every step, which is slow.
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
@@ -714,8 +715,8 @@ def load_model(
     part = ""
     for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
         module_name, _, tensor_name = name.rpartition(".")
-        # "language" is what is around its layers: nothing to pack.
-        if pack and part not in ("", "language", part_of(name)) and (part == "lm_head" or stored or rounded):
+        finished = part not in ("", "language", part_of(name))  # around the layers there is nothing to pack
+        if pack and finished and (part == "lm_head" or stored or rounded):
             pack_part(model, part)
         part = part_of(name)
         if module_name in rounded:
@@ -869,5 +870,7 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
 def check_new_folder(path: Path) -> None:
     """Raise ValueError where no new folder can be made."""
-    if path.exists() or not path.resolve().parent.is_dir():
+    if path.exists():
+        raise ValueError(f"{path}: is there already, expected the name of a new folder")
+    if not path.resolve().parent.is_dir():
         raise ValueError(f"{path}: expected the name of a new folder, in a folder that is there")

@@ -340,7 +340,7 @@ class FixedShapeCache:
         return self.layers[layer]
 
     def advance(self, tokens: int) -> None:
-        """Whoever calls gives the next step its position."""
+        """Nothing: the caller passes each step its position."""
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -1157,7 +1157,9 @@ class PackedQuantizedLinear(nn.Module):
     512-bit vectors alone; elsewhere its kernel does any number of rows.)
     """
 
-    FEW_ROWS = {8: 12, 4: 128}  # with more, the kernels of 8 and 4 bits were slower on a Zen 4 CPU
+    # With more rows the kernels were slower on a Zen 4 CPU than making the layer wide; those for other dtypes than
+    # bfloat16 always but for a single row.
+    FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
 
     def __init__(self, *linears: QuantizedLinear):
         super().__init__()
@@ -1167,7 +1169,8 @@ class PackedQuantizedLinear(nn.Module):
         scales = [linear.scales for linear in linears]
         self.scales = torch.cat(scales, dim=0 if self.bits == 8 else 1)
         packed = [linear.weight if self.bits == 8 else self.int4_layout(linear) for linear in linears]
-        # In 8 bits a copy, also of one: the kernel was seen to crash on weights that lie in a mapped file.
+        # In 8 bits a copy, also of one: the kernel was seen to crash on weights in a mapped file, where a tensor may
+        # begin anywhere; a copy is aligned.
         self.weight = torch.cat(packed) if len(packed) > 1 or self.bits == 8 else packed[0]
 
     @staticmethod
@@ -1196,7 +1199,7 @@ class PackedQuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both in the scales' dtype."""
         rows = x.flatten(0, -2)
-        few = len(rows) <= self.FEW_ROWS[self.bits] or not self.can_widen()
+        few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_widen()
         out = self.multiply(rows) if few else self.widen_and_multiply(rows)
         return out.view(*x.shape[:-1], -1)
 

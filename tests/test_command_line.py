@@ -445,7 +445,7 @@ BAD_COMMANDS = {
     "": "nothing to do: give --image, --prompt or both",
     f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
     f"{ASK} --quantize int3": "--quantize: invalid choice",
-    f"{ASK} --quantize int8 --save model": "model: expected the name of a new folder",
+    f"{ASK} --quantize int8 --save model": "--save model: is there already, expected the name of a new folder",
     f"{ASK} --quantize int8 --save nowhere/new": "expected the name of a new folder, in a folder that is there",
     "--model model": "nothing to do: give --image, --prompt or both",
     f"{ASK} --verbose": "unrecognized arguments: --verbose",

@@ -463,3 +463,17 @@ def test_bfloat16_packed_for_a_cpu_is_not_compiled():
     skip_unless_packable(model.lm_head)
     reasons: list[str] = []
     assert CompiledStep(model.pack(), reasons.append).compiled is None and "packed" in reasons[0]
+
+
+@needs_shared
+def test_without_a_compiler_steps_are_as_they_were(monkeypatch):
+    def unsupported(*_, **__):
+        raise RuntimeError("not for this Python")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    model, processor = golden_model("vl-siglip")
+    reasons: list[str] = []
+    batch = processor([{"role": "user", "content": "Hello"}])
+    step = CompiledStep(model, reasons.append)
+    assert reasons == ["not for this Python"]
+    assert generate(model, batch, max_new_tokens=4, compiled=step) == generate(model, batch, max_new_tokens=4)

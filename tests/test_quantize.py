@@ -136,8 +136,31 @@ def test_packed_is_exactly_plain(kind, rows):
             layers.append(QuantizedLinear(weight, torch.stack((2.0**exponents, middle), dim=-1)))
     x = torch.randint(-8, 9, (rows, 192), generator=random).float()
     packed = PackedQuantizedLinear(*layers)
-    assert torch.equal(packed(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(packed.multiply(x), expected)  # the kernel also where it is slow, and not used
     assert torch.equal(packed(x[None, :, None])[0, :, 0], packed(x))  # any leading dimensions
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, most",
+    [
+        ("int8", torch.bfloat16, 12),
+        ("int4", torch.bfloat16, 128),
+        ("int8", torch.float32, 1),
+        ("int4", torch.float32, 1),
+    ],
+    ids=str,
+)
+def test_kernels_are_for_few_rows(kind, dtype, most, monkeypatch):
+    skip_without_kernel(kind, dtype)
+    packed, used = PackedQuantizedLinear(QuantizedLinear.from_weight(random_weight(64, 128), kind, dtype)), []
+    for way in ("multiply", "widen_and_multiply"):
+        run = getattr(packed, way)
+        monkeypatch.setattr(packed, way, lambda rows, run=run, way=way: used.append(way) or run(rows))
+    for rows in (1, most, most + 1):
+        packed(torch.ones(rows, 128, dtype=dtype))
+    assert used == ["multiply", "multiply", "widen_and_multiply" if packed.can_widen() else "multiply"]
 
 
 @pytest.mark.parametrize("rows", [1, 200])
