@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from load_weights import check_new_folder, load_model, save_checkpoint
-from model import QUANTIZATIONS, DeepseekVL, KVCache, PackedLinear
+from model import QUANTIZATIONS, DeepseekVL, KVCache, PackedLinear, QuantizedLinear
 from processor import Processor, Tokenizer, load_image
 
 # ---------------------------------------------------------------------------- sampling
@@ -626,6 +626,9 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
     model.pack()
+    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if slow:
+        print(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}", file=sys.stderr)
     prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
     vocabulary = model.config.language.vocab_size
     if highest_id >= vocabulary:

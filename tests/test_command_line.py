@@ -182,14 +182,28 @@ def test_dtypes(dtype, answer, loaded):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantized_and_saved(kind, run, answer, desk):
+def test_quantized_and_saved(kind, run, desk):
     """The saved checkpoint gives the same answer, at once or later, and a failed --save leaves nothing behind."""
+
+    def answer(command: str) -> str:
+        result = run(command)
+        assert result.status == 0 and (result.err == "" or "without a fast kernel here" in result.err)
+        return result.out
+
     saved, other = f"--model saved-{kind}", {"int8": "int4", "int4": "int8"}[kind]
     first = answer(f"{LOOK} --quantize {kind} --save saved-{kind}")
     assert first == answer(f"{LOOK} --quantize {kind}") == answer(LOOK.replace("--model model", saved))
     refused = run(f"{ASK.replace('--model model', saved)} --quantize {other} --save no")
     assert refused.status == 2 and f"holds {kind} weights, which cannot become" in refused.err
     assert not (desk / "no").exists()
+
+
+def test_layers_without_a_kernel_are_told_of(run, answer, monkeypatch):
+    expected = answer(f"{LOOK} --quantize int8")
+    monkeypatch.setattr("model.kernel_agrees", lambda *_: False)
+    result = run(f"{LOOK} --quantize int8")
+    assert (result.status, result.out, result.err.count("\n")) == (0, expected, 1)
+    assert "without a fast kernel here: 22, as language.layers.0." in result.err  # 3 times 7, and the head
 
 
 def test_compile_changes_nothing_or_says_why_not(run, answer, monkeypatch):
