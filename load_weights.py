@@ -703,7 +703,7 @@ def load_model(
     stored = prepare_quantized(model, layout, files)
     if stored and quantize not in (None, stored):
         raise ValueError(f"{folder}: holds {stored} weights, which cannot become {quantize}")
-    rounded = {} if stored or quantize is None else layers_to_quantize(model, quantize)
+    rounded = set() if stored or quantize is None else set(layers_to_quantize(model, quantize))
     expected = expected_tensors(model, layout, set(files))
     if config.language.tie_word_embeddings:
         del expected[head]
@@ -720,7 +720,7 @@ def load_model(
             pack_part(model, part)
         part = part_of(name)
         if module_name in rounded:
-            layer = QuantizedLinear.from_weight(tensor.to(device), rounded[module_name], dtype)
+            layer = QuantizedLinear.from_weight(tensor.to(device), quantize, dtype)
             parent_name, _, layer_name = module_name.rpartition(".")
             setattr(model.get_submodule(parent_name), layer_name, layer)
         else:

@@ -1,8 +1,8 @@
 """The language model of DeepSeek-VL, and `DeepseekVL`, which lets it see.
 
-Read top to bottom, each part is met just before it is used:
+Read top to bottom, each part is met just before it is used (but for `products` and what is packed, which come last):
 
-    configs, RMSNorm, positions (RoPE, padding, who sees whom), KV cache,
+    configs, RMSNorm, positions (RoPE, padding, who sees whom), KV cache (of fixed shape for compiled steps),
     Attention, and LatentAttention in its place (DeepSeek-VL2 small and base),
     SwiGLU, and MixtureOfExperts in its place (DeepSeek-VL2, all layers but the first),
     DecoderLayer, Decoder,
@@ -991,8 +991,8 @@ class DeepseekVL(nn.Module):
 QUANTIZATIONS = {"int8": torch.int8, "int4": torch.uint8}  # how each is stored
 
 
-def layers_to_quantize(model: DeepseekVL, kind: str) -> dict[str, str]:
-    """The rule: which linear layers become "int8" or "int4", by name.
+def layers_to_quantize(model: DeepseekVL, kind: str) -> list[str]:
+    """The rule: the names of the linear layers that become "int8" or "int4".
 
     The decoder's layers and the head, which every new token reads whole. All else keeps its 16 bits: embeddings, of
     which a token reads one row; norms and routers, which are small, and on which much hangs; what latent attention
@@ -1000,13 +1000,13 @@ def layers_to_quantize(model: DeepseekVL, kind: str) -> dict[str, str]:
     embedding, and for int4 a layer whose width no group divides.
     """
     tied = model.config.language.tie_word_embeddings
-    return {
-        name: kind
+    return [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and (name.startswith("language.layers.") or (name == "lm_head" and not tied))
         and (kind == "int8" or module.in_features % INT4_GROUPS[-1] == 0)
-    }
+    ]
 
 
 INT4_GROUPS = (128, 64)  # inputs that share a scale: the first that divides a layer's width

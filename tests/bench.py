@@ -37,6 +37,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from conftest import relative_error  # noqa: E402
+
 from generate import CompiledStep, decode, generate  # noqa: E402
 from load_weights import (  # noqa: E402
     OFFICIAL,
@@ -125,8 +127,8 @@ def our_model(quantize: str | None = None) -> DeepseekVL:
         model = DeepseekVL(CONFIG).to(torch.bfloat16)
     model = fill(model.to_empty(device="cpu"))
     if quantize is not None:
-        for name, kind in layers_to_quantize(model, quantize).items():  # one at a time
-            put(model, {name: QuantizedLinear.from_weight(model.get_submodule(name).weight, kind, torch.bfloat16)})
+        for name in layers_to_quantize(model, quantize):  # one at a time
+            put(model, {name: QuantizedLinear.from_weight(model.get_submodule(name).weight, quantize, torch.bfloat16)})
     return model.pack()
 
 
@@ -458,10 +460,6 @@ def put(model: DeepseekVL, layers: dict[str, torch.nn.Module]) -> None:
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
 
 
 @torch.inference_mode()

@@ -14,7 +14,9 @@ from conftest import VL_GOLDENS, assert_close, golden, golden_model, needs_share
 from PIL import Image
 
 from vision import (
+    SAMMLP,
     PatchEmbed,
+    SAMAttention,
     attention,
     attention_with_positions,
     fold_positions,
@@ -115,6 +117,17 @@ def test_folded_positions_make_fused_attention_enough(monkeypatch):
     out = attention_with_positions(q, k, v[..., :3], by_row, by_column, limit=0)
     assert_close(out, attention(q, k, v[..., :3], bias)[0], 1e-6)
     assert {t.shape[-1] for t in shapes} == {16}
+
+
+def test_sam_mlp_is_the_same_for_any_number_of_tokens():
+    """It works by 512 tokens, of which 3 x 20 x 20 fill two and a part."""
+    mlp, x = SAMMLP(8, 24), torch.randn(3, 20, 20, 8)
+    assert_close(mlp(x), mlp.lin2(F.gelu(mlp.lin1(x))), 1e-6)
+
+
+def test_sam_attention_takes_no_other_grid_than_its_own():
+    with pytest.raises(RuntimeError):
+        SAMAttention(8, 2, grid=6)(torch.randn(1, 5, 5, 8))
 
 
 @pytest.mark.parametrize("limit", [64, 600], ids=["queries", "heads"])
