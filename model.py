@@ -364,7 +364,7 @@ def causal_attention(
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if not want_weights:
-        if T == 1 and q.device.type == "cpu":
+        if T == 1 and q.device.type == "cpu" and not any(t.requires_grad for t in (q, k, v)):
             return one_token_attention(q, k, v, visible, scale), None
         causal = visible is None and T > 1
         out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -380,23 +380,41 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
     """A decode step's attention on a CPU: written out in float32, three times as fast as fused there.
 
     Queries that share a key/value head are laid out as if they were tokens of it, so nothing is repeated.
-    The wide keys are gone before the wide values come, which then find their place in the CPU's cache; of a
-    long text some heads are done at a time, or the memory for wide keys would be asked of the system at each step.
+    The keys of some heads are made wide, then in the same memory their values: so few heads that this memory
+    stays in the CPU's caches. (Hence no gradients.)
 
     Args and result: as `causal_attention`, with T = 1.
     """
     B, H, _, d = q.shape
     G, S = k.shape[1:3]
-    shared = q.view(B, G, H // G, d)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    heads = max(1, 2**21 // (B * S * d))  # at a time
+    narrow, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (q.to(dtype) * scale).view(B * G, H // G, d), k.flatten(0, 1), v.flatten(0, 1)
+    heads = heads_at_a_time(B * G, S * d)
+    wide = torch.empty(heads * S * max(d, v.shape[-1]), dtype=dtype)
     out = []
-    for queries, keys, values in zip(shared.split(heads, 1), k.split(heads, 1), v.split(heads, 1)):
-        scores = queries.to(wide) @ keys.to(wide).transpose(-1, -2) * scale  # (B, heads, H / G, S)
+    for start, queries, keys, values in zip(range(0, B * G, heads), q.split(heads), k.split(heads), v.split(heads)):
+        wide_keys = wide[: keys.numel()].view(keys.shape).copy_(keys)
+        scores = torch.bmm(queries, wide_keys.transpose(1, 2))  # (heads, H / G, S)
         if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        out.append(scores.softmax(dim=-1) @ values.to(wide))
-    return torch.cat(out, dim=1).to(shared.dtype).reshape(B, H, 1, -1)
+            hidden = ~visible.expand(B, G, 1, S).flatten(0, 1)
+            scores = scores.masked_fill(hidden[start : start + heads], -torch.inf)
+        wide_values = wide[: values.numel()].view(values.shape).copy_(values)
+        out.append(torch.bmm(scores.softmax(dim=-1), wide_values))
+    return torch.cat(out).to(narrow).view(B, H, 1, -1)
+
+
+def heads_at_a_time(heads: int, size: int) -> int:
+    """How many heads, of `size` values each, to make wide at a time: 2 MiB of float32 for each of the CPU's cores.
+
+    As many for every core, or one would read what another has in its cache. Compiled code does all at once: it
+    widens as it multiplies.
+    """
+    if torch.compiler.is_compiling():
+        return heads
+    cores = torch.get_num_threads()
+    parts = -(-heads * size // (cores * 2**19))
+    few = -(-heads // parts)
+    return min(heads, few + -few % cores)
 
 
 def minus_infinity_where_hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:

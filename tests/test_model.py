@@ -40,6 +40,7 @@ from model import (
     RMSNorm,
     SwiGLU,
     causal_attention,
+    heads_at_a_time,
     one_token_attention,
     pack_linears,
     positions_from_mask,
@@ -48,6 +49,7 @@ from model import (
     rotate,
     visible_keys,
 )
+from vision import attention
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -636,9 +638,26 @@ def test_packing_leaves_float32_as_it_is(small_pair, kind):
     assert all(old is new for old, new in zip(before, model.modules(), strict=True))
 
 
-@pytest.mark.parametrize("H, G, S", [(16, 16, 2100), (8, 2, 9000), (4, 1, 20000)])
-def test_one_token_attends_to_a_long_text_some_heads_at_a_time(H, G, S):
-    q, k, v = torch.randn(1, H, 1, 128), torch.randn(1, G, S, 128), torch.randn(1, G, S, 128)
-    visible = torch.rand(1, 1, 1, S) < 0.9
+@pytest.mark.parametrize("B, H, G, S", [(1, 16, 16, 2100), (1, 8, 2, 9000), (1, 4, 1, 20000), (2, 7, 7, 2100)])
+def test_one_token_attends_to_a_long_text_some_heads_at_a_time(B, H, G, S):
+    q, k, v = torch.randn(B, H, 1, 128), torch.randn(B, G, S, 128), torch.randn(B, G, S, 128)
+    visible = torch.rand(B, 1, 1, S) < 0.9
     expected = F.scaled_dot_product_attention(q, k, v, visible, scale=0.1, enable_gqa=True)
     assert_close(one_token_attention(q, k, v, visible, 0.1), expected, 1e-5)
+
+
+@pytest.mark.parametrize("heads, size", [(16, 640 * 128), (7, 2100 * 128), (1, 20000 * 576), (128, 4), (10, 2**22)])
+def test_heads_at_a_time_are_few_and_as_many_for_every_core(heads, size):
+    few, cores = heads_at_a_time(heads, size), torch.get_num_threads()
+    assert few == heads or few % cores == 0
+    assert few <= cores or few * size <= cores * (2**19 + size)
+
+
+def test_gradients_of_a_single_token():
+    """Wide keys and values share memory in the fast form, which would lose what a gradient needs."""
+    q, k, v = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (1, 5, 5))
+    with torch.enable_grad():
+        expected = torch.autograd.grad(attention(q, k, v, scale=0.5)[0].pow(2).sum(), (q, k, v))
+        gradients = torch.autograd.grad(causal_attention(q, k, v, None, 0.5)[0].pow(2).sum(), (q, k, v))
+    for gradient, e in zip(gradients, expected):
+        assert_close(gradient, e, 1e-5)
