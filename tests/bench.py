@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ from model import (  # noqa: E402
 from vision import (  # noqa: E402
     SAM,
     SAMConfig,
+    SigLIP,
     SigLIPConfig,
     TileConfig,
     attention,
@@ -282,10 +284,10 @@ def compute() -> None:
     per_layer = 4 * language.hidden_size**2 + 3 * language.hidden_size * language.intermediate_size
     layers = language.num_hidden_layers * per_layer
     head = language.hidden_size * language.vocab_size
-    vision = CONFIG.vision
-    tower = vision.layers * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width) * 2 * IMAGE_TOKENS
+    eyes = CONFIG.vision
+    tower = eyes.layers * (4 * eyes.width**2 + 2 * eyes.width * eyes.mlp_width) * 2 * IMAGE_TOKENS
     prefill_flops = 2 * PROMPT * layers + 2 * head + tower
-    prefill_flops += 2 * IMAGE_TOKENS * (vision.width + language.hidden_size) * language.hidden_size
+    prefill_flops += 2 * IMAGE_TOKENS * (eyes.width + language.hidden_size) * language.hidden_size
 
     rows = (
         ("SigLIP, one image", lambda: ours.vision(pixels), lambda: theirs.model.vision_model(pixels), 7),
@@ -308,6 +310,22 @@ def compute() -> None:
                 f"   {NEW_TOKENS / times['ours']:.1f} tokens/s against {NEW_TOKENS / times['theirs']:.1f}; reads "
                 f"{read:.1f} GB/s, {read / rates['packed row']:.0%} of packed one-row products"
             )
+
+    for way, taken in seconds(siglip_attention(), turns=15).items():
+        print(f"attention of a layer of SigLIP, {way:34}{taken * 1e3:6.1f} ms")
+
+
+def siglip_attention(B: int = 1, N: int = IMAGE_TOKENS, H: int = 16, d: int = 64) -> dict[str, Callable]:
+    """What was tried for SigLIP's attention; transformers has the fused one."""
+    q, k, v = torch.randn(B, N, 3, H, d).to(torch.bfloat16).permute(2, 0, 3, 1, 4)
+    few = 2 * N * N  # scores of two heads, in float32, fit best
+    return {
+        "fused": lambda: F.scaled_dot_product_attention(q, k, v),
+        "some heads at a time": lambda: attention_some_heads_at_a_time(q * d**-0.5, k, v),
+        "some heads at a time, in float32": lambda: attention_some_heads_at_a_time(
+            q.float() * d**-0.5, k.float(), v.float(), few
+        ).to(q.dtype),
+    }
 
 
 @torch.inference_mode()
@@ -361,9 +379,7 @@ def sam_attention(B: int, g: int, H: int = 12, d: int = 64) -> dict[str, Callabl
         "written out": lambda: attention(q, k, v, whole(biases(), slice(0, N))),
         "fused, bias as a mask, by blocks": masked,
         "fused, bias folded": lambda: attention_with_positions(q, k, v, *biases(), limit=0),
-        "by heads, bias folded": lambda: attention_some_heads_at_a_time(
-            *fold_positions(q, k, *biases()), v, max(1, 2**21 // N**2)
-        ),
+        "by heads, bias folded": lambda: attention_some_heads_at_a_time(*fold_positions(q, k, *biases()), v),
         "by queries, product added to the bias": lambda: attention_some_queries_at_a_time(
             q, k, v, *biases(), 2**21 // N
         ),
@@ -441,10 +457,37 @@ def errors() -> None:
                     f"logits, {start}, {layers} layers: {kind} in the head {head:.2%}, "
                     f"in the layers too {everything:.2%}"
                 )
-            narrow = model.to(torch.bfloat16)(input_ids=ids).logits.float()
+            narrow = model.to(torch.bfloat16)(input_ids=ids).logits
             print(
-                f"logits, {start}, {layers} layers: nothing rounded, but all in bfloat16 {relative_error(narrow, exact):.2%}"
+                f"logits, {start}, {layers} layers: nothing rounded, but all in bfloat16 "
+                f"{relative_error(narrow, exact):.2%}"
             )
+
+    for sharpness in (1, 3):
+        for way, error in siglip_errors(sharpness).items():
+            print(f"SigLIP in bfloat16, scores with a standard deviation of {sharpness}, attention {way}: {error:.2%}")
+
+
+def siglip_errors(sharpness: float) -> dict[str, float]:
+    """Of the tower's output for noise, against float32, with normal weights."""
+    tower = SigLIP(SigLIPConfig()).eval()
+    for block in tower.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            linear.weight.normal_(0, linear.in_features**-0.5)
+        block.attn.qkv.weight[: 2 * tower.config.width] *= sharpness**0.5
+    tower, pixels = tower.to(torch.bfloat16), torch.randn(1, 3, 384, 384).to(torch.bfloat16)
+    exact = tower.float()(pixels.float())
+    tower.to(torch.bfloat16)
+    ways = {
+        "fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0),
+        "written out": lambda q, k, v: attention(q, k, v, scale=1.0)[0],
+        "some heads at a time": attention_some_heads_at_a_time,
+    }
+    errors = {}
+    for way, function in ways.items():
+        with patch("vision.attention_some_heads_at_a_time", function):
+            errors[way] = relative_error(tower(pixels), exact)
+    return errors
 
 
 def few_layers(count: int, normal: bool) -> DeepseekVL:

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VL_GOLDENS, assert_close, golden, golden_model, needs_shared
+from conftest import VL_GOLDENS, assert_close, golden, golden_model, needs_shared, relative_error
 from PIL import Image
 
 from vision import (
     SAMMLP,
     PatchEmbed,
     SAMAttention,
+    SigLIP,
+    SigLIPConfig,
     attention,
+    attention_some_heads_at_a_time,
     attention_with_positions,
     fold_positions,
     relative_bias,
@@ -70,6 +73,17 @@ def test_attention_written_out_equals_fused(bias, scale):
     assert_close(out, F.scaled_dot_product_attention(q, k, v, bias, scale=scale), 1e-6)
     assert_close(weights.sum(-1), torch.ones(2, 3, 5), 1e-6)
     assert_close(weights @ v, out, 1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 5 * 9, 2 * 5 * 9, 4 * 5 * 9, 10**9])
+def test_attention_some_heads_at_a_time_equals_attention(limit, monkeypatch):
+    """Within the limit as long as it lets one head through: 5 queries, 9 keys."""
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 6)
+    expected, _ = attention(q, k, v, scale=1.0)
+    sizes, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
+    assert_close(attention_some_heads_at_a_time(q, k, v, limit), expected, 1e-6)
+    assert max(sizes) <= max(limit, 5 * 9) and sum(sizes) == 2 * 3 * 5 * 9
 
 
 @pytest.mark.parametrize("scores", [1, 36, 100, 36 * 6, 4 * 36 * 6, 36 * 36, 4 * 36 * 36, 10**9])
@@ -172,6 +186,29 @@ def test_siglip(small_pair):
     pair = small_pair("siglip")
     pixels = torch.randn(2, 3, 26, 26)
     assert_close(pair.ours.vision(pixels), pair.theirs.model.vision_model(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("sharpness, against_fused", [(1, 1.02), (3, 1.4)])
+def test_siglip_in_bfloat16_is_as_exact_as_with_attention_written_out(sharpness, against_fused, monkeypatch):
+    """On a CPU. The scores are rounded, as where transformers writes attention out; their deviation is the sharpness.
+
+    A tower with fused attention, which does not round them, is at most so many times as exact.
+    """
+    tower = SigLIP(SigLIPConfig(image_size=160, width=256, layers=6, heads=4, mlp_width=512))
+    for block in tower.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            linear.weight.normal_(0, linear.in_features**-0.5)
+        block.attn.qkv.weight[: 2 * 256] *= sharpness**0.5
+    tower, pixels = tower.bfloat16(), torch.randn(2, 3, 160, 160).bfloat16()
+
+    def error(way):
+        monkeypatch.setattr("vision.attention_some_heads_at_a_time", way)
+        return relative_error(tower.bfloat16()(pixels), exact)
+
+    exact = tower.float()(pixels.float())
+    ours = error(attention_some_heads_at_a_time)
+    assert ours <= 1.02 * error(lambda q, k, v: attention(q, k, v, scale=1.0)[0])
+    assert ours <= against_fused * error(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0))
 
 
 # ------------------------------------------------------------------------------------ SAM
