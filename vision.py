@@ -108,7 +108,9 @@ def attention_some_heads_at_a_time(q: Tensor, k: Tensor, v: Tensor, limit: int =
     The scale is in the queries. Shapes as in `attention`.
     """
     heads = max(1, limit // (q.shape[2] * k.shape[2]))
-    parts = zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v)))
+    if heads > torch.get_num_threads():
+        heads -= heads % torch.get_num_threads()  # as many for every core
+    parts = zip(*(t.contiguous().flatten(0, 1).split(heads) for t in (q, k, v)))
     out = [(q @ k.transpose(1, 2)).softmax(dim=-1) @ v for q, k, v in parts]
     return torch.cat(out).unflatten(0, q.shape[:2])
 
