@@ -83,9 +83,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + bias) v, written out; the scale is 1 / sqrt(d) unless given.
 
-    This form serves where the weights are wanted. Otherwise the models call `scaled_dot_product_attention`,
-    `attention_some_heads_at_a_time`, or in SAM `attention_with_positions`, for the same result without holding
-    all weights at once; the tests check that they agree.
+    This form serves where the weights are wanted. Otherwise the models call `scaled_dot_product_attention` for the
+    same result without holding all weights at once, or where that is faster `attention_some_heads_at_a_time`,
+    `attention_with_positions` (SAM) and model.py's `one_token_attention`; the tests check that they agree.
 
     Args:
         q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
@@ -99,17 +99,16 @@ def attention(
     return weights @ v, weights
 
 
-SCORES_AT_A_TIME = 2**21  # how many a CPU's cache can hold
+SCORES_AT_A_TIME = 2**21  # 4 MiB in bfloat16, which stay in a CPU's caches
 
 
 def attention_some_heads_at_a_time(q: Tensor, k: Tensor, v: Tensor, limit: int = SCORES_AT_A_TIME) -> Tensor:
-    """softmax(q k^T) v, so many of all B * H heads at a time that their scores are at most `limit`, or one.
+    """softmax(q k^T) v, as many of all B * H heads at a time as keep their scores within `limit`, but at least one.
 
-    The scale is in the queries. Shapes as in `attention`.
+    Rounded down to a power of two, so that cores get as many. The scale is in the queries. Shapes as in `attention`.
     """
     heads = max(1, limit // (q.shape[2] * k.shape[2]))
-    if heads > torch.get_num_threads():
-        heads -= heads % torch.get_num_threads()  # as many for every core
+    heads = 2 ** (heads.bit_length() - 1)
     parts = zip(*(t.contiguous().flatten(0, 1).split(heads) for t in (q, k, v)))
     out = [(q @ k.transpose(1, 2)).softmax(dim=-1) @ v for q, k, v in parts]
     return torch.cat(out).unflatten(0, q.shape[:2])
@@ -148,7 +147,8 @@ class SigLIPAttention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # where this takes two thirds of the fused one's time
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
+            # takes two thirds of the fused one's time (on a Zen 4), but all its weights would be kept for a gradient
             out = attention_some_heads_at_a_time(q * q.shape[-1] ** -0.5, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v)  # = attention(q, k, v)

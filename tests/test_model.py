@@ -646,18 +646,51 @@ def test_one_token_attends_to_a_long_text_some_heads_at_a_time(B, H, G, S):
     assert_close(one_token_attention(q, k, v, visible, 0.1), expected, 1e-5)
 
 
-@pytest.mark.parametrize("heads, size", [(16, 640 * 128), (7, 2100 * 128), (1, 20000 * 576), (128, 4), (10, 2**22)])
-def test_heads_at_a_time_are_few_and_as_many_for_every_core(heads, size):
-    few, cores = heads_at_a_time(heads, size), torch.get_num_threads()
-    assert few == heads or few % cores == 0
-    assert few <= cores or few * size <= cores * (2**19 + size)
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("G", [1, 3, 6])
+@pytest.mark.parametrize("values", [4, 8, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_token_attends_with_any_number_of_heads_at_a_time(heads, G, values, dtype, monkeypatch):
+    monkeypatch.setattr("model.heads_at_a_time", lambda *_: heads)
+    q, k, v = (torch.randn(2, *shape).to(dtype) for shape in ((6, 1, 8), (G, 5, 8), (G, 5, values)))
+    visible = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool()[:, None, None]
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), visible, enable_gqa=True)
+    out = one_token_attention(q, k, v, visible, 8**-0.5)
+    assert out.dtype == dtype
+    assert_close(out.double(), expected, 2**-8 if dtype == torch.bfloat16 else 1e-6)
+    if values == 8:  # one tensor for both, as in latent attention
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), k.double(), visible, enable_gqa=True)
+        again = one_token_attention(q, k, k, visible, 8**-0.5)
+        assert_close(again.double(), expected, 2**-8 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_gradients_of_a_single_token():
+@pytest.mark.parametrize(
+    "cores, heads, size, few",
+    [
+        (2, 16, 640 * 128, 8),
+        (2, 16, 4096 * 128, 2),
+        (2, 10, 640 * 128, 10),
+        (2, 7, 2100 * 128, 4),
+        (2, 16, 2**22, 2),
+        (2, 1, 20000 * 576, 1),
+        (16, 16, 4096 * 128, 16),
+        (16, 32, 8192 * 128, 16),
+        (2, 0, 128, 0),
+    ],
+)
+def test_heads_at_a_time_are_as_many_for_every_core(cores, heads, size, few, monkeypatch):
+    """2**19 values for each core; few heads of many values: one for each core."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert heads_at_a_time(heads, size) == few
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_gradients_of_a_single_token(wanted):
     """Wide keys and values share memory in the fast form, which would lose what a gradient needs."""
-    q, k, v = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (1, 5, 5))
+    inputs = {name: torch.randn(1, 2, tokens, 8) for name, tokens in (("q", 1), ("k", 5), ("v", 5))}
+    inputs[wanted].requires_grad_()
     with torch.enable_grad():
-        expected = torch.autograd.grad(attention(q, k, v, scale=0.5)[0].pow(2).sum(), (q, k, v))
-        gradients = torch.autograd.grad(causal_attention(q, k, v, None, 0.5)[0].pow(2).sum(), (q, k, v))
-    for gradient, e in zip(gradients, expected):
-        assert_close(gradient, e, 1e-5)
+        (expected,) = torch.autograd.grad(attention(**inputs, scale=0.5)[0].pow(2).sum(), inputs[wanted])
+        out, _ = causal_attention(**inputs, visible=None, scale=0.5)
+        (gradient,) = torch.autograd.grad(out.pow(2).sum(), inputs[wanted])
+    assert_close(gradient, expected, 1e-5)

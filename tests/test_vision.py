@@ -75,15 +75,16 @@ def test_attention_written_out_equals_fused(bias, scale):
     assert_close(weights @ v, out, 1e-6)
 
 
-@pytest.mark.parametrize("limit", [1, 5 * 9, 2 * 5 * 9, 4 * 5 * 9, 10**9])
+@pytest.mark.parametrize("limit", [1, 45, 90, 135, 180, 10**9])
 def test_attention_some_heads_at_a_time_equals_attention(limit, monkeypatch):
-    """Within the limit as long as it lets one head through: 5 queries, 9 keys."""
+    """6 heads of 5 queries and 9 keys, 45 scores: as many as are within the limit, a power of two, at least one."""
     q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 6)
     expected, _ = attention(q, k, v, scale=1.0)
     sizes, softmax = [], torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
     assert_close(attention_some_heads_at_a_time(q, k, v, limit), expected, 1e-6)
-    assert max(sizes) <= max(limit, 5 * 9) and sum(sizes) == 2 * 3 * 5 * 9
+    heads = {1: [1] * 6, 45: [1] * 6, 90: [2, 2, 2], 135: [2, 2, 2], 180: [4, 2], 10**9: [6]}[limit]
+    assert sizes == [5 * 9 * count for count in heads]
 
 
 @pytest.mark.parametrize("scores", [1, 36, 100, 36 * 6, 4 * 36 * 6, 36 * 36, 4 * 36 * 36, 10**9])
@@ -188,27 +189,43 @@ def test_siglip(small_pair):
     assert_close(pair.ours.vision(pixels), pair.theirs.model.vision_model(pixels).last_hidden_state)
 
 
-@pytest.mark.parametrize("sharpness, against_fused", [(1, 1.02), (3, 1.4)])
-def test_siglip_in_bfloat16_is_as_exact_as_with_attention_written_out(sharpness, against_fused, monkeypatch):
+@pytest.mark.parametrize("width", [256, 288], ids=["d = 64", "d = 72"])
+@pytest.mark.parametrize("sharpness, bound, against_fused", [(1, 0.01, 1.05), (3, 0.03, 1.3)])
+def test_siglip_in_bfloat16_is_as_exact_as_with_attention_written_out(
+    sharpness, bound, against_fused, width, monkeypatch
+):
     """On a CPU. The scores are rounded, as where transformers writes attention out; their deviation is the sharpness.
 
-    A tower with fused attention, which does not round them, is at most so many times as exact.
+    Fused attention does not round them: at the full size its errors are 0.99% and 1.40%, ours 0.99% and 1.61%
+    (`python tests/bench.py errors`).
     """
-    tower = SigLIP(SigLIPConfig(image_size=160, width=256, layers=6, heads=4, mlp_width=512))
+    tower = SigLIP(SigLIPConfig(image_size=160, width=width, layers=6, heads=4, mlp_width=2 * width))
     for block in tower.blocks:
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             linear.weight.normal_(0, linear.in_features**-0.5)
-        block.attn.qkv.weight[: 2 * 256] *= sharpness**0.5
+        block.attn.qkv.weight[: 2 * width] *= sharpness**0.5
     tower, pixels = tower.bfloat16(), torch.randn(2, 3, 160, 160).bfloat16()
+    exact = tower.float()(pixels.float())
+    calls = []
 
     def error(way):
-        monkeypatch.setattr("vision.attention_some_heads_at_a_time", way)
+        monkeypatch.setattr("vision.attention_some_heads_at_a_time", lambda *qkv: calls.append(1) or way(*qkv))
         return relative_error(tower.bfloat16()(pixels), exact)
 
-    exact = tower.float()(pixels.float())
-    ours = error(attention_some_heads_at_a_time)
-    assert ours <= 1.02 * error(lambda q, k, v: attention(q, k, v, scale=1.0)[0])
-    assert ours <= against_fused * error(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    ours, in_parts = error(attention_some_heads_at_a_time), error(lambda *qkv: attention_some_heads_at_a_time(*qkv, 1))
+    written_out = error(lambda q, k, v: attention(q, k, v, scale=1.0)[0])
+    fused = error(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    assert len(calls) == 4 * 6
+    assert max(ours, in_parts) <= min(bound, 1.02 * written_out, against_fused * fused)
+
+
+def test_siglip_in_bfloat16_has_fused_gradients(monkeypatch):
+    """Which do not need all attention weights to be kept."""
+    monkeypatch.setattr("vision.attention_some_heads_at_a_time", None)
+    tower = SigLIP(SigLIPConfig(image_size=32, width=16, layers=1, heads=2, mlp_width=16)).bfloat16()
+    with torch.enable_grad():
+        tower(torch.randn(1, 3, 32, 32).bfloat16()).sum().backward()
+    assert tower.blocks[0].attn.qkv.weight.grad is not None
 
 
 # ------------------------------------------------------------------------------------ SAM
