@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from load_weights import check_new_folder, load_model, save_checkpoint
+from load_weights import check_new_folder, load_model, read_config, save_checkpoint
 from model import QUANTIZATIONS, DeepseekVL, KVCache, PackedLinear, QuantizedLinear
 from processor import Processor, Tokenizer, load_image
 
@@ -611,6 +611,10 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     processor = Processor(folder)
     message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
+    prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
+    vocabulary = read_config(folder).language.vocab_size
+    if highest_id >= vocabulary:
+        raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     if args.model is None:
         print(DEMO_NOTICE, file=sys.stderr)
     loading = f"loading {folder} as {args.quantize or str(dtype).removeprefix('torch.')} on {device}"
@@ -629,10 +633,6 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if slow:
         print(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}", file=sys.stderr)
-    prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
-    vocabulary = model.config.language.vocab_size
-    if highest_id >= vocabulary:
-        raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
 
     if args.compile:

@@ -1175,14 +1175,15 @@ class PackedQuantizedLinear(nn.Module):
 
     For a few rows, as in a decode step, that is what makes it fast: half or a quarter of the bytes is read. For the
     many rows of a prompt, where the time goes into multiplying, those kernels are slower than a bfloat16 matmul, more
-    than it takes to make a whole layer wide for a moment. So that is done there, at the price of that moment's memory:
-    two bytes for each weight of the layer, freed before the next one. (int4 is widened from the layout of CPUs with
-    512-bit vectors alone; elsewhere its kernel does any number of rows.)
+    than it takes to make the weights wide for a moment. So that is done there, `PIECE` of them at a time. (int4 is
+    widened from the layout of CPUs with 512-bit vectors alone; elsewhere its kernel does any number of rows.)
     """
 
     # With more rows the kernels were slower on a Zen 4 CPU than making the layer wide; those for other dtypes than
     # bfloat16 always but for a single row.
     FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
+    # In bfloat16 30 MiB: from 32 on, the C library asks the system for the memory anew each time, which is slow.
+    PIECE = 15 * 2**20
 
     def __init__(self, *linears: QuantizedLinear):
         super().__init__()
@@ -1236,28 +1237,35 @@ class PackedQuantizedLinear(nn.Module):
         return kernel(rows, self.weight, self.group, self.scales)
 
     def widen_and_multiply(self, rows: Tensor) -> Tensor:
-        """A plain matmul."""
-        if self.bits == 8:
-            return F.linear(rows, self.weight.to(rows.dtype).mul_(self.scales[:, None]))
-        return rows @ self.widened()
+        """A plain matmul, some outputs at a time, a multiple of 64."""
+        outputs = sum(self.sizes)
+        pieces = -(-outputs * self.in_features // self.PIECE)
+        size = -(-outputs // (64 * pieces)) * 64
+        out = [rows @ self.widened(start, min(start + size, outputs)) for start in range(0, outputs, size)]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     def can_widen(self) -> bool:
         return self.bits == 8 or (self.weight.device.type == "cpu" and int4_layout_is_known())
 
-    def widened(self) -> Tensor:
-        """int4's W, transposed to (in, out), from the CPU's layout.
+    def widened(self, start: int, stop: int) -> Tensor:
+        """W of the outputs from `start` to `stop`, transposed to (in, stop - start).
 
-        That layout has blocks of 64 outputs, and in them for each input 32 bytes: the low halves are the first 32
-        outputs, the high halves the others. q - 8 in four bits of two's complement is q with its top bit turned.
+        int4's layout on a CPU has blocks of 64 outputs, and in them for each input 32 bytes: the low halves are the
+        first 32 outputs, the high halves the others. q - 8 in four bits of two's complement is q with its top bit
+        turned.
         """
-        width, blocks = self.in_features, sum(self.sizes) // 64
-        signed = (self.weight.view(blocks, width, 32) ^ 0x88).view(torch.int8)
+        if self.bits == 8:
+            return self.weight[start:stop].to(self.scales.dtype).mul_(self.scales[start:stop, None]).T
+        width, blocks = self.in_features, (stop - start) // 64
+        packed = self.weight.view(-1, width, 32)[start // 64 : stop // 64]
+        signed = (packed ^ 0x88).view(torch.int8)
         wide = torch.empty(width, blocks, 64, dtype=self.scales.dtype)
         halves = wide.transpose(0, 1)
         halves[..., :32] = signed << 4 >> 4
         halves[..., 32:] = signed >> 4
         wide = wide.view(width // self.group, self.group, blocks * 64)
-        scale, offset = (part.contiguous()[:, None] for part in self.scales.unbind(-1))  # (groups, 1, out) both
+        scales = self.scales[:, None, start:stop]  # (groups, 1, out, 2)
+        scale, offset = (part.contiguous() for part in scales.unbind(-1))
         return torch.addcmul(offset, wide, scale, out=wide).view(width, -1)
 
 
@@ -1284,7 +1292,7 @@ def kernel_agrees(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
 def int4_layout_is_known() -> bool:
     """Whether this CPU's kernel uses the layout that `widened` reads: it depends on the width of its vectors."""
     plain = small_example("int4", torch.float32, torch.device("cpu"))
-    return torch.allclose(PackedQuantizedLinear(plain).widened().T, plain.dequantized(), atol=1e-6)
+    return torch.allclose(PackedQuantizedLinear(plain).widened(64, 128).T, plain.dequantized()[64:], atol=1e-6)
 
 
 PACKED = (PackedLinear, PackedQuantizedLinear)

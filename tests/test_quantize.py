@@ -180,10 +180,33 @@ def test_packed_on_a_full_size_layer(kind, dtype, rows):
         assert error <= 1.2 * relative_error(layer(x), exact)
 
 
-def test_widened_is_the_dequantized_weight():
-    skip_without_kernel("int4", torch.float32)
-    layer = QuantizedLinear.from_weight(random_weight(192, 256), "int4", torch.float32)
-    assert_close(PackedQuantizedLinear(layer).widened().T, layer.dequantized(), 1e-7)
+@pytest.mark.parametrize("kind", KINDS)
+def test_widened_is_the_dequantized_weight(kind):
+    """Of some outputs, which here belong to two layers."""
+    skip_without_kernel(kind, torch.float32)
+    layers = [QuantizedLinear.from_weight(random_weight(rows, 256), kind, torch.float32) for rows in (192, 64)]
+    expected, packed = torch.cat([layer.dequantized() for layer in layers]), PackedQuantizedLinear(*layers)
+    if not packed.can_widen():
+        pytest.skip("this CPU's layout of int4 is not known")
+    for start, stop in ((0, 256), (0, 64), (64, 256)):
+        assert_close(packed.widened(start, stop).T, expected[start:stop], 1e-7)
+
+
+@pytest.mark.parametrize("piece", [1, 64 * 256, 2 * 64 * 256, 3 * 64 * 256, 4 * 64 * 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_a_layer_make_the_whole(kind, piece, monkeypatch):
+    """Of 256 outputs and as many inputs: 64 outputs at a time, or so many as the piece has weights for."""
+    skip_without_kernel(kind, torch.float32)
+    layer, x = QuantizedLinear.from_weight(random_weight(256, 256), kind, torch.float32), torch.randn(200, 256)
+    packed, asked = PackedQuantizedLinear(layer), []
+    if not packed.can_widen():
+        pytest.skip("this CPU's layout of int4 is not known")
+    monkeypatch.setattr(PackedQuantizedLinear, "PIECE", piece)
+    widened = packed.widened
+    monkeypatch.setattr(packed, "widened", lambda *outputs: asked.append(outputs) or widened(*outputs))
+    assert_close(packed.widen_and_multiply(x), layer(x), 1e-6)
+    size = {1: 64, 1 * 64 * 256: 64, 2 * 64 * 256: 128, 3 * 64 * 256: 128, 4 * 64 * 256: 256}[piece]
+    assert asked == [(start, start + size) for start in range(0, 256, size)]
 
 
 def test_layers_that_no_kernel_can_do_stay_plain():
