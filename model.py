@@ -1182,8 +1182,8 @@ class PackedQuantizedLinear(nn.Module):
     # With more rows the kernels were slower on a Zen 4 CPU than making the layer wide; those for other dtypes than
     # bfloat16 always but for a single row.
     FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
-    # In bfloat16 30 MiB: from 32 on, the C library asks the system for the memory anew each time, which is slow.
-    PIECE = 15 * 2**20
+    # In bfloat16 16 MiB. From 32 on, glibc asks the system for the memory anew each time, which is slow.
+    PIECE = 2**23
 
     def __init__(self, *linears: QuantizedLinear):
         super().__init__()
