@@ -355,7 +355,7 @@ def softmax_scale(head_dim: int, config: LanguageConfig) -> float:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, want_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The last T tokens attend to all S: fused, or written out where the weights are wanted.
+    """The last T tokens attend to all S: fused, or written out where the weights are wanted or T is 1 on a CPU.
 
     Args:
         q: (B, H, T, d); k, v: (B, G, S, d); visible: see `visible_keys`.
@@ -381,7 +381,7 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
 
     Queries that share a key/value head are laid out as if they were tokens of it, so nothing is repeated.
     The keys of some heads are widened to float32, then their values in the same memory: so few heads that it
-    stays in the CPU's caches. Overwriting keys loses what gradients would need, so there are none.
+    stays in the CPU's caches. (Overwriting keys loses what gradients need: not for inputs that require them.)
 
     Args and result: as `causal_attention`, with T = 1.
     """
@@ -393,7 +393,7 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
     hidden = None if visible is None else ~visible.expand(B, G, 1, S).flatten(0, 1)
     size = S * max(d, v.shape[-1])  # of a head
     heads = heads_at_a_time(B * G, size)
-    memory = torch.empty(heads * size if narrow != dtype else 0, dtype=dtype, device=k.device)
+    memory = torch.empty(heads * size if k.dtype != dtype else 0, dtype=dtype, device=k.device)
 
     def widened(x: Tensor) -> Tensor:
         return x if x.dtype == dtype else memory[: x.numel()].view(x.shape).copy_(x)
@@ -1175,15 +1175,15 @@ class PackedQuantizedLinear(nn.Module):
 
     For a few rows, as in a decode step, that is what makes it fast: half or a quarter of the bytes is read. For the
     many rows of a prompt, where the time goes into multiplying, those kernels are slower than a bfloat16 matmul, more
-    than it takes to make the weights wide for a moment. So that is done there, `PIECE` of them at a time. (int4 is
+    than it takes to make the weights wide for a moment. So that is done there, a piece at a time. (int4 is
     widened from the layout of CPUs with 512-bit vectors alone; elsewhere its kernel does any number of rows.)
     """
 
-    # With more rows the kernels were slower on a Zen 4 CPU than making the layer wide; those for other dtypes than
+    # With more rows the kernels were slower on a Zen 4 CPU than making the weights wide; those for other dtypes than
     # bfloat16 always but for a single row.
     FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
-    # In bfloat16 16 MiB. From 32 on, glibc asks the system for the memory anew each time, which is slow.
-    PIECE = 2**23
+    # In bytes. From 32 MiB on, glibc asks the system for the memory anew each time, which is slow.
+    PIECE = 2**24
 
     def __init__(self, *linears: QuantizedLinear):
         super().__init__()
@@ -1239,7 +1239,7 @@ class PackedQuantizedLinear(nn.Module):
     def widen_and_multiply(self, rows: Tensor) -> Tensor:
         """A plain matmul, some outputs at a time, a multiple of 64."""
         outputs = sum(self.sizes)
-        pieces = -(-outputs * self.in_features // self.PIECE)
+        pieces = -(-outputs * self.in_features * rows.element_size() // self.PIECE)
         size = -(-outputs // (64 * pieces)) * 64
         out = [rows @ self.widened(start, min(start + size, outputs)) for start in range(0, outputs, size)]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)

@@ -4,7 +4,7 @@
     python tests/bench.py compute    SigLIP, prefill of 640 tokens with one image, decode of 32 tokens
     python tests/bench.py sam        the 7B's high-resolution branch
     python tests/bench.py quantize   prefill and decode in bfloat16, int8 and int4, eager and compiled
-    python tests/bench.py errors     what 8 and 4 bits cost in accuracy, for products, layers and logits
+    python tests/bench.py errors     what 8 and 4 bits cost in accuracy, and bfloat16 in SigLIP
     python tests/bench.py prompts    int4: prefill by tokens and images
     python tests/bench.py steps      int4: decode by cache length and rows
     python tests/bench.py small      int4: private memory and time of 1.3B and 7B; writes 19 GB of random files
@@ -435,7 +435,7 @@ def quantize() -> None:
 
 @torch.inference_mode()
 def errors() -> None:
-    """Relative errors in float32 against weights that are not rounded, for random full-size weights."""
+    """Relative errors of what is rounded, weights or values, against float32, for random full-size weights."""
     x, weight = torch.randn(64, 2048), torch.randn(5632, 2048)
     for kind in ("int8", "int4"):
         rounded = QuantizedLinear.from_weight(weight, kind, torch.float32)
