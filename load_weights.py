@@ -38,6 +38,7 @@ from model import (
     LatentConfig,
     ModelConfig,
     QuantizedLinear,
+    Workspace,
     YarnConfig,
     layers_to_quantize,
     pack_linears,
@@ -680,10 +681,9 @@ def load_model(
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
-        pack: as `DeepseekVL.pack`, with less memory at its peak. The head, which is the largest layer and for a moment
-            there twice, comes first. Where layers are quantized, all parts are packed as they come, too (without it
-            that was measured to need more: what is freed in between is in pieces). Quantized layers that are not
-            packed are widened at every step, which is slow.
+        pack: as `DeepseekVL.pack`, in less time and memory: each part of the model is packed once it is whole, straight
+            from the file. The head, which is the largest layer and for a moment there twice, comes first. Quantized
+            layers that are not packed are widened at every step, which is slow.
         progress: called after each tensor with the share of them that is in place, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
@@ -712,26 +712,30 @@ def load_model(
     dtype = stored_dtype(expected, files) if dtype is None else dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
-    part = ""
+    part, workspace = "", Workspace()
     for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
         module_name, _, tensor_name = name.rpartition(".")
-        finished = part not in ("", "language", part_of(name))  # around the layers there is nothing to pack
-        if pack and finished and (part == "lm_head" or stored or rounded):
-            pack_part(model, part)
+        if pack and part != part_of(name):
+            pack_part(model, part, dtype, workspace)
         part = part_of(name)
+        later = pack and part != "language" and torch.device(device).type == "cpu"  # converted by pack_part
         if module_name in rounded:
             layer = QuantizedLinear.from_weight(tensor.to(device), quantize, dtype)
             parent_name, _, layer_name = module_name.rpartition(".")
             setattr(model.get_submodule(parent_name), layer_name, layer)
         else:
-            tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # no needless copy
+            wanted = None if later or not tensor.is_floating_point() else dtype
+            tensor = tensor.to(device=device, dtype=wanted)  # no needless copy
             module = model.get_submodule(module_name)
             setattr(module, tensor_name, tensor if isinstance(module, QuantizedLinear) else nn.Parameter(tensor))
         if progress is not None:
             progress(i / count)
     if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
-    return model.pack().eval() if pack else model.eval()
+    if pack:
+        pack_part(model, part, dtype, workspace)
+        model.pack()  # a head that is the embedding
+    return model.eval()
 
 
 def part_of(name: str) -> str:
@@ -739,10 +743,13 @@ def part_of(name: str) -> str:
     return ".".join(name.split(".")[: 3 if name.startswith("language.layers.") else 1])
 
 
-def pack_part(model: DeepseekVL, part: str) -> None:
-    """Pack one part of the model, once all of it is loaded."""
+def pack_part(model: DeepseekVL, part: str, dtype: torch.dtype, workspace: Workspace) -> None:
+    """Pack one part of the model, once all of it is loaded, and convert what cannot be packed."""
+    if part in ("", "language"):  # around the layers there is nothing to pack
+        return
     holder = nn.ModuleDict({"part": model.get_submodule(part)})  # the head is itself a layer to replace
-    pack_linears(holder)
+    pack_linears(holder, dtype, Workspace() if part == "lm_head" else workspace)  # so large a one is not kept
+    holder.to(dtype)
     parent_name, _, name = part.rpartition(".")
     setattr(model.get_submodule(parent_name), name, holder["part"])
 

@@ -4,6 +4,7 @@ A pair of small models, `small_pair(kind)`, is one random checkpoint, written by
 read by `load_model`, so every comparison here also tests the loader.
 """
 
+import copy
 import itertools
 import json
 import re
@@ -39,6 +40,7 @@ from model import (
     PackedLinear,
     RMSNorm,
     SwiGLU,
+    Workspace,
     causal_attention,
     heads_at_a_time,
     one_token_attention,
@@ -602,6 +604,21 @@ def test_layers_of_one_input_packed_together_equal_each_alone(shape, bias):
         assert_close(tested, plain, 2**-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_packing_converts(count, bias, dtype):
+    """To what it is for layers converted before, bit by bit, also in memory that others were in."""
+    linears, x = [nn.Linear(48, size, bias).to(dtype) for size in (80, 16, 16)[:count]], torch.randn(3, 48).bfloat16()
+    skip_unless_packable(nn.Linear(48, 80).bfloat16())
+    workspace = Workspace()
+    tested = [PackedLinear(*linears, workspace=workspace), PackedLinear(*linears, workspace=workspace)]
+    PackedLinear(*(nn.Linear(48, size).bfloat16() for size in (64, 64, 64)), workspace=workspace)
+    expected = PackedLinear(*(copy.deepcopy(linear).bfloat16() for linear in linears))(x)
+    assert all(torch.equal(packed(x), expected) for packed in tested)
+    assert all(linear.weight.dtype == dtype for linear in linears)
+
+
 def test_packing_frees_each_weight_before_the_next():
     """At most the plain weights of one layer are held beside the packed ones."""
     layers = nn.ModuleList(SwiGLU(48, 80).bfloat16() for _ in range(3))
@@ -610,9 +627,9 @@ def test_packing_frees_each_weight_before_the_next():
     held = []
     pack = PackedLinear.__init__
 
-    def counting(self, *linears):
+    def counting(self, *linears, **options):
         held.append(sum(parameter() is not None for parameter in plain))
-        pack(self, *linears)
+        pack(self, *linears, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedLinear, "__init__", counting)

@@ -426,7 +426,7 @@ def test_shards_and_both_layouts_of_names(small_pair, tmp_path):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
 def test_packed_part_by_part_is_packed(name, kind, tmp_path):
-    """The same modules, and the same logits to 1e-6."""
+    """The same modules and dtypes, and the same logits to 1e-6."""
     case = golden(name)
     batch = Processor(case.folder)(case.conversations[0])
     for dtype in (torch.float32, torch.bfloat16):
@@ -434,6 +434,7 @@ def test_packed_part_by_part_is_packed(name, kind, tmp_path):
         parts = load_model(case.folder, dtype=dtype, quantize=kind, pack=True)
         kinds = [[type(module) for module in model.modules()] for model in (whole, parts)]
         assert kinds[0] == kinds[1]
+        assert {parameter.dtype for parameter in parts.parameters()} == {dtype}
         assert_close(parts(**batch).logits.float(), whole(**batch).logits.float(), 1e-6)
         if kind is not None:  # and from what was saved
             saved = tmp_path / str(dtype)
