@@ -10,6 +10,7 @@
     python tests/bench.py small      int4: private memory and time of 1.3B and 7B; writes 19 GB of random files
     python tests/bench.py load       loading a float16 file: seconds, and private memory at its peak
     python tests/bench.py vl2        DeepSeek-VL2 tiny, beside what the machine allows; prefill by chunks
+    python tests/bench.py vl2-quantized    its decoder in bfloat16, int8 and int4
 
 The weights are random: speed does not depend on them. Both models run in one process, in turns,
 after a warm-up; a figure is the median of its turns. Nothing here is asserted.
@@ -124,9 +125,9 @@ def prompt() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def our_model(quantize: str | None = None) -> DeepseekVL:
+def our_model(quantize: str | None = None, config: ModelConfig = CONFIG) -> DeepseekVL:
     with torch.device("meta"):
-        model = DeepseekVL(CONFIG).to(torch.bfloat16)
+        model = DeepseekVL(config).to(torch.bfloat16)
     model = fill(model.to_empty(device="cpu"))
     if quantize is not None:
         for name in layers_to_quantize(model, quantize):  # one at a time
@@ -725,36 +726,25 @@ def experts_used(model: DeepseekVL, run: Callable[[], None]) -> list[int]:
     return used
 
 
-@torch.inference_mode()
-def vl2() -> None:
-    """DeepSeek-VL2 tiny at full size: two tiles, a prompt of 471 tokens, 32 new tokens; and prefill by chunks."""
-    config = ModelConfig(
-        vision=SigLIPConfig(patch_size=14, width=1152, layers=27, mlp_width=4304, gelu="tanh"),
-        language=LanguageConfig(
-            vocab_size=129280,
-            hidden_size=1280,
-            intermediate_size=6848,
-            num_hidden_layers=12,
-            num_attention_heads=10,
-            num_key_value_heads=10,
-            max_position_embeddings=4096,
-            experts=ExpertsConfig(moe_intermediate_size=896),
-        ),
-        tiles=TileConfig(),
-    )
-    rates = machine()
-    print_rates(rates)
-    with torch.device("meta"):
-        model = DeepseekVL(config).to(torch.bfloat16)
-    model = fill(model.to_empty(device="cpu")).pack()
-    T, tokens = 471, 2 * 14 * 15 + 1
-    ids = torch.randint(0, 100000, (1, T))
-    mask = torch.zeros(1, T, dtype=torch.bool)
-    mask[:, 10 : 10 + tokens] = True
-    pixels, crop = torch.randn(2, 3, 384, 384).to(torch.bfloat16), torch.tensor([[1, 1]])
-    embeddings = model.embed(ids, mask, pixel_values=pixels, images_spatial_crop=crop)
-    # A random tower's features are alike, and would choose alike: noise makes every expert work.
-    embeddings = torch.randn_like(embeddings)
+VL2_TINY = ModelConfig(
+    vision=SigLIPConfig(patch_size=14, width=1152, layers=27, mlp_width=4304, gelu="tanh"),
+    language=LanguageConfig(
+        vocab_size=129280,
+        hidden_size=1280,
+        intermediate_size=6848,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        num_key_value_heads=10,
+        max_position_embeddings=4096,
+        experts=ExpertsConfig(moe_intermediate_size=896),
+    ),
+    tiles=TileConfig(),
+)
+VL2_PROMPT = 471
+
+
+def prefill_and_decode(model: DeepseekVL, embeddings: torch.Tensor) -> tuple[Callable, Callable]:
+    T = embeddings.shape[1]
     cache = model.new_cache(1, T + NEW_TOKENS)
 
     def prefill():
@@ -766,6 +756,41 @@ def vl2() -> None:
         for step in range(NEW_TOKENS):
             model(inputs_embeds=embeddings[:, step : step + 1], cache=cache)
 
+    return prefill, decode
+
+
+@torch.inference_mode()
+def vl2_quantized() -> None:
+    """The decoder of DeepSeek-VL2 tiny in bfloat16, int8 and int4."""
+    embeddings = torch.randn(1, VL2_PROMPT, VL2_TINY.language.hidden_size).to(torch.bfloat16)
+    runs = {}
+    for kind in ("int8", "int4", None):  # the largest last, to have less at once
+        prefill, decode = prefill_and_decode(our_model(kind, VL2_TINY), embeddings)
+        runs |= {f"prefill {kind}": prefill, f"decode {kind}": decode}
+    times = seconds(runs, turns=7)
+    for kind in (None, "int8", "int4"):
+        prefill, decode = (times[f"{run} {kind}"] for run in ("prefill", "decode"))
+        print(
+            f"{kind or 'bfloat16':9} prefill of {VL2_PROMPT} tokens {prefill:6.3f} s, "
+            f"{prefill / times['prefill None']:.2f} times as long; "
+            f"decode {NEW_TOKENS / decode:5.1f} tokens/s, {times['decode None'] / decode:.2f} times as fast"
+        )
+
+
+@torch.inference_mode()
+def vl2() -> None:
+    """DeepSeek-VL2 tiny at full size: two tiles, a prompt of 471 tokens, 32 new tokens; and prefill by chunks."""
+    rates = machine()
+    print_rates(rates)
+    config, model = VL2_TINY, our_model(config=VL2_TINY)
+    T, tokens = VL2_PROMPT, 2 * 14 * 15 + 1
+    ids = torch.randint(0, 100000, (1, T))
+    mask = torch.zeros(1, T, dtype=torch.bool)
+    mask[:, 10 : 10 + tokens] = True
+    pixels, crop = torch.randn(2, 3, 384, 384).to(torch.bfloat16), torch.tensor([[1, 1]])
+    embeddings = model.embed(ids, mask, pixel_values=pixels, images_spatial_crop=crop)
+    # A random tower's features are alike, and would choose alike: noise makes every expert work.
+    prefill, decode = prefill_and_decode(model, torch.randn_like(embeddings))
     used = " ".join(str(count) for count in experts_used(model, prefill))
     print(f"experts used by the prompt, in each layer: {used}; of {config.language.experts.n_routed_experts}")
     # The rate at which memory is read changes from minute to minute: it is measured again, in turns with decoding.
@@ -840,6 +865,7 @@ if __name__ == "__main__":
         "small": small,
         "load": load,
         "vl2": vl2,
+        "vl2-quantized": vl2_quantized,
     }
     if sys.argv[1:2] == ["child"]:
         child(*sys.argv[2:])
