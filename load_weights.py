@@ -673,18 +673,19 @@ def load_model(
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory, and each tensor is put in place as it is read: converted
-    and moved alone, and where dtype and device are those of the file, not copied at all (but for
-    transformers' q, k and v, which are stacked): then the file must stay as it is for as long as
-    the model lives.
+    and moved alone (or when it is packed), and where dtype and device are those of the file, not
+    copied at all (but for transformers' q, k and v, which are stacked): then the file must stay as
+    it is for as long as the model lives.
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
-        pack: as `DeepseekVL.pack`, in less time and memory: each part of the model is packed once it is whole, straight
-            from the file. The head, which is the largest layer and for a moment there twice, comes first. Quantized
-            layers that are not packed are widened at every step, which is slow.
-        progress: called after each tensor with the share of them that is in place, up to 1.
+        pack: as `DeepseekVL.pack`, in less time and memory: each part of the model is packed as soon as all its tensors
+            have been read, one layer after the other, from the file's memory. The head, which is the largest layer
+            and for a moment there twice, comes first. Quantized layers that are not packed are widened at every
+            step, which is slow.
+        progress: called after each tensor with the share of them that has been read, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
@@ -717,23 +718,22 @@ def load_model(
         module_name, _, tensor_name = name.rpartition(".")
         if pack and part != part_of(name):
             pack_part(model, part, dtype, workspace)
-        part = part_of(name)
-        later = pack and part != "language" and torch.device(device).type == "cpu"  # converted by pack_part
+        part, module = part_of(name), model.get_submodule(module_name)
         if module_name in rounded:
-            layer = QuantizedLinear.from_weight(tensor.to(device), quantize, dtype)
             parent_name, _, layer_name = module_name.rpartition(".")
-            setattr(model.get_submodule(parent_name), layer_name, layer)
-        else:
-            wanted = None if later or not tensor.is_floating_point() else dtype
-            tensor = tensor.to(device=device, dtype=wanted)  # no needless copy
-            module = model.get_submodule(module_name)
-            setattr(module, tensor_name, tensor if isinstance(module, QuantizedLinear) else nn.Parameter(tensor))
+            parent = model.get_submodule(parent_name)
+            setattr(parent, layer_name, QuantizedLinear.from_weight(tensor.to(device), quantize, dtype))
+        elif isinstance(module, QuantizedLinear):
+            setattr(module, tensor_name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+        else:  # on a CPU, pack_part converts what it packs
+            later = pack and part != "language" and torch.device(device).type == "cpu"
+            setattr(module, tensor_name, nn.Parameter(tensor.to(device=device, dtype=None if later else dtype)))
         if progress is not None:
             progress(i / count)
     if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
     if pack:
-        pack_part(model, part, dtype, workspace)
+        pack_part(model, part, dtype, workspace)  # the last one
         model.pack()  # a head that is the embedding
     return model.eval()
 
@@ -744,8 +744,11 @@ def part_of(name: str) -> str:
 
 
 def pack_part(model: DeepseekVL, part: str, dtype: torch.dtype, workspace: Workspace) -> None:
-    """Pack one part of the model, once all of it is loaded, and convert what cannot be packed."""
-    if part in ("", "language"):  # around the layers there is nothing to pack
+    """Pack one part of the model, all of whose tensors have been read, and convert its other parameters to `dtype`.
+
+    Around the layers, part "language", there is nothing to pack: that is converted as it is read.
+    """
+    if part in ("", "language"):
         return
     holder = nn.ModuleDict({"part": model.get_submodule(part)})  # the head is itself a layer to replace
     pack_linears(holder, dtype, Workspace() if part == "lm_head" else workspace)  # so large a one is not kept

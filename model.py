@@ -1126,18 +1126,20 @@ class QuantizedLinear(nn.Module):
 
 
 class Workspace:
-    """Memory that one bfloat16 matrix after the other is put into.
+    """A CPU's memory for one bfloat16 matrix after the other, while they are packed.
 
-    Memory freed and asked for again would be cleared again by the system, and end up in pieces between what stays.
+    Were it freed and asked for each time, the system would clear it each time, and what is free would end up in pieces
+    between what stays.
     """
 
     def __init__(self):
-        self.memory = torch.empty(0, dtype=torch.bfloat16)
+        self.memory = torch.empty(0, dtype=torch.bfloat16, device="cpu")
 
     def take(self, rows: int, width: int) -> Tensor:
-        """(rows, width), without values; what was taken before is lost."""
+        """(rows, width), without values, and valid until the next is taken."""
         if rows * width > len(self.memory):
-            self.memory = torch.empty(rows * width, dtype=torch.bfloat16)
+            self.memory = None  # freed before there is more
+            self.memory = torch.empty(rows * width, dtype=torch.bfloat16, device="cpu")
         return self.memory[: rows * width].view(rows, width)
 
 
@@ -1157,7 +1159,7 @@ class PackedLinear(nn.Module):
         """
         Args:
             linears: of any float dtype, which becomes bfloat16.
-            workspace: where the weights are joined and converted, for others to be packed after them.
+            workspace: where the weights are joined and converted, to be overwritten by what is packed next.
         """
         super().__init__()
         self.sizes = [linear.out_features for linear in linears]
@@ -1341,13 +1343,14 @@ def pack_linears(module: nn.Module, dtype: torch.dtype | None = None, workspace:
     Of the `same_input` all are packed or none, since `products` takes them so.
 
     Args:
-        dtype: what the module is about to be converted to; packed layers are so at once.
-        workspace: memory for what is packed, shared with other calls.
+        dtype: what the caller is about to convert the module to: layers are packed as if they were of it already.
+        workspace: see `PackedLinear`; by default one for this call.
     """
     workspace = workspace or Workspace()
     together = getattr(module, "same_input", ())
-    alone = [(name,) for name, _ in module.named_children() if name not in together]
-    for names in (together, *alone) if together else alone:
+    groups = [together] if together else []
+    groups += [(name,) for name, _ in module.named_children() if name not in together]
+    for names in groups:
         layers = [getattr(module, name) for name in names]
         if PackedLinear.suits(*layers, dtype=dtype):
             packed = PackedLinear(*layers, workspace=workspace)

@@ -612,8 +612,10 @@ def test_packing_converts(count, bias, dtype):
     linears, x = [nn.Linear(48, size, bias).to(dtype) for size in (80, 16, 16)[:count]], torch.randn(3, 48).bfloat16()
     skip_unless_packable(nn.Linear(48, 80).bfloat16())
     workspace = Workspace()
-    tested = [PackedLinear(*linears, workspace=workspace), PackedLinear(*linears, workspace=workspace)]
-    PackedLinear(*(nn.Linear(48, size).bfloat16() for size in (64, 64, 64)), workspace=workspace)
+    tested = [PackedLinear(*linears, workspace=workspace) for _ in range(2)]
+    memory = workspace.memory
+    PackedLinear(nn.Linear(48, 64), workspace=workspace)
+    assert workspace.memory is memory and len(memory) == 48 * sum(linear.out_features for linear in linears)
     expected = PackedLinear(*(copy.deepcopy(linear).bfloat16() for linear in linears))(x)
     assert all(torch.equal(packed(x), expected) for packed in tested)
     assert all(linear.weight.dtype == dtype for linear in linears)

@@ -442,3 +442,31 @@ def test_packed_part_by_part_is_packed(name, kind, tmp_path):
             again = load_model(saved, dtype=dtype, pack=True)
             assert [type(module) for module in again.modules()] == kinds[0]
             assert_close(again(**batch).logits.float(), whole(**batch).logits.float(), 1e-6)
+
+
+@needs_shared
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mla-sigmoid", "tied head"])
+def test_packing_while_loading_equals_packing_after_it(name, stored, small_pair, tmp_path):
+    """From files of every dtype, rounded or not, to every dtype: the same modules, dtypes and logits, bit by bit."""
+    source = small_pair("siglip", tie=True).folder if name == "tied head" else golden(name).folder
+    ids = torch.arange(1, 9)[None]
+    for kind in (None, *KINDS):
+        folder = tmp_path / str(kind)
+        save_checkpoint(load_model(source, dtype=stored, quantize=kind), source, folder)
+        for dtype in DTYPES:
+            after, during = load_model(folder, dtype=dtype).pack(), load_model(folder, dtype=dtype, pack=True)
+            assert [type(module) for module in after.modules()] == [type(module) for module in during.modules()]
+            assert {parameter.dtype for parameter in during.parameters()} == {dtype}
+            logits = during(ids).logits
+            assert logits.dtype == dtype and torch.equal(logits, after(ids).logits)
+
+
+@needs_shared
+def test_packing_while_loading_keeps_to_the_device_it_was_told():
+    """Whatever torch's default device is."""
+    folder, ids = golden("vl-siglip").folder, torch.arange(1, 9)[None]
+    expected = load_model(folder, dtype=torch.bfloat16).pack()(ids).logits
+    with torch.device("meta"):
+        model = load_model(folder, dtype=torch.bfloat16, device="cpu", pack=True)
+    assert torch.equal(model(ids).logits, expected)
