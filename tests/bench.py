@@ -348,14 +348,29 @@ def sam() -> None:
     torch.set_default_dtype(torch.float32)
     pixels = torch.randn(1, 3, 1024, 1024).to(torch.bfloat16)
     runs = {"ours": lambda: ours(pixels), "theirs": lambda: theirs.get_high_res_image_features(pixels)}
+    rate = machine()["matmul"]
     times = seconds(runs, turns=5)
+    work = sam_work(SAMConfig()) / 1e9
     print(
         f"SAM branch: ours {times['ours']:.2f} s, theirs {times['theirs']:.2f} s, "
-        f"ratio {times['theirs'] / times['ours']:.2f}"
+        f"ratio {times['theirs'] / times['ours']:.2f}\n"
+        f"its layers' {work:.0f} GFLOP: {work / times['ours'] / rate:.0%} of the matmul rate of {rate:.0f} GFLOP/s, "
+        f"at which they take {work / rate:.2f} s ({times['theirs'] * rate / work:.2f})"
     )
     for name, batch, grid in (("a global layer", 1, 64), ("25 windows", 25, 14)):
         for way, taken in seconds(sam_attention(batch, grid), turns=3).items():
             print(f"attention of {name:16}{way:40}{taken:6.3f} s")
+
+
+def sam_work(c: SAMConfig) -> int:
+    """Floating point operations of the matmuls in SAM's layers, those for the windows' padding included."""
+    patches, padded = c.grid**2, (-(-c.grid // c.window) * c.window) ** 2
+    linear, attention = 2 * patches * c.layers * c.width * c.mlp_width, 0
+    for layer in range(c.layers):
+        queries, keys = (patches, patches) if layer in c.global_layers else (padded, c.window**2)
+        linear += 4 * queries * c.width**2
+        attention += 2 * queries * keys * c.width
+    return 2 * (linear + attention)
 
 
 def sam_attention(B: int, g: int, H: int = 12, d: int = 64) -> dict[str, Callable]:
