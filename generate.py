@@ -145,8 +145,8 @@ class CompiledStep:
     Compiles at the first step, which takes about a minute (seconds, once torch has kept the result on disk), and anew
     for another number of rows or capacity of the cache, which `decode` therefore rounds up to a multiple of `CAPACITY`.
     A step attends to all of that capacity and hides what is not there yet, so ask for no more tokens than you want.
-    Where that cannot be done, as for `PackedLinear` layers or without a C++ compiler, `failed` is told why, once, and
-    steps are as without it.
+    Where that cannot be done, as for a decoder of `PackedLinear` layers or without a C++ compiler, `failed` is told
+    why, once, and steps are as without it.
     """
 
     CAPACITY = 256
@@ -330,7 +330,7 @@ COORDINATES = 999
 
 
 class Box(NamedTuple):
-    """Something that an answer located, in pixels: 0 <= left < right <= width, and so down."""
+    """Something that an answer located, in pixels: 0 <= left < right <= width, 0 <= top < bottom <= height."""
 
     label: str
     left: int
@@ -528,7 +528,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to P (default: 1)")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeats (default: 1)")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the device's fastest)")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of what is not quantized (default: the device's fastest)",
+    )
     add(
         "--quantize",
         choices=tuple(QUANTIZATIONS),
@@ -617,7 +622,8 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     if args.model is None:
         print(DEMO_NOTICE, file=sys.stderr)
-    loading = f"loading {folder} as {args.quantize or str(dtype).removeprefix('torch.')} on {device}"
+    kinds = [str(dtype).removeprefix("torch.")] + ([args.quantize] if args.quantize else [])
+    loading = f"loading {folder} as {' and '.join(kinds)} on {device}"
     start = time.perf_counter()
     model = load_model(
         folder,
@@ -629,22 +635,28 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     )
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
-    model.pack()
-    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    if slow:
-        print(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}", file=sys.stderr)
-    note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
-
-    if args.compile:
-        reason = "--compile: not possible here, going on without it"
-        options["compiled"] = CompiledStep(model, lambda why: print(f"{reason} ({why})", file=sys.stderr))
+        model.pack()
     text, answer = TextStream(processor.tokenizer), ""
-    start, first, second, count = time.perf_counter(), 0.0, 0.0, 0
 
     def say(piece: str) -> None:
         nonlocal answer
         answer += piece
         print(piece, end="", flush=True)
+
+    def warn(line: str) -> None:
+        note("")
+        if answer and sys.stderr.isatty():  # where the answer's unfinished line may stand, too
+            print(file=sys.stderr)
+        print(line, file=sys.stderr)
+
+    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if slow:
+        warn(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
+    if args.compile:
+        reason = "--compile: not possible here, going on without it"
+        options["compiled"] = CompiledStep(model, lambda why: warn(f"{reason} ({why})"))
+    note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens")
+    start, first, second, count = time.perf_counter(), 0.0, 0.0, 0
 
     try:
         for new in stream(model, batch, **options):

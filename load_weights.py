@@ -2,7 +2,7 @@
 
     config.json           -> read_config  -> ModelConfig, plain dataclasses
     names in the files    -> LAYOUTS      -> names in the model, one visible table a layout
-    *.safetensors, *.bin  -> load_model   -> DeepseekVL, tensor by tensor, nothing held twice
+    *.safetensors, *.bin  -> load_model   -> DeepseekVL, tensor by tensor, never the whole of it twice
 
 Three layouts are read: the official ones of DeepSeek-VL (deepseek-ai/deepseek-vl-*) and of
 DeepSeek-VL2 (deepseek-ai/deepseek-vl2*), and that of transformers (deepseek-community/*, and
@@ -674,15 +674,15 @@ def load_model(
 
     The model is built without memory, and each tensor is put in place as it is read: converted
     and moved alone (or when it is packed), and where dtype and device are those of the file, not
-    copied at all (but for transformers' q, k and v, which are stacked): then the file must stay as
-    it is for as long as the model lives.
+    copied at all (but for what is packed, and for transformers' q, k and v, which are stacked):
+    then the file must stay as it is for as long as the model lives.
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
         quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
             that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
         pack: as `DeepseekVL.pack`, in less time and memory: each part of the model is packed as soon as all its tensors
-            have been read, one layer after the other, from the file's memory. The head, which is the largest layer
+            have been read, layers in 16 bits straight from the file's memory. The head, which is the largest layer
             and for a moment there twice, comes first. Quantized layers that are not packed are widened at every
             step, which is slow.
         progress: called after each tensor with the share of them that has been read, up to 1.
@@ -725,7 +725,7 @@ def load_model(
             setattr(parent, layer_name, QuantizedLinear.from_weight(tensor.to(device), quantize, dtype))
         elif isinstance(module, QuantizedLinear):
             setattr(module, tensor_name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
-        else:  # on a CPU, pack_part converts what it packs
+        else:  # on a CPU, pack_part converts all of its part
             later = pack and part != "language" and torch.device(device).type == "cpu"
             setattr(module, tensor_name, nn.Parameter(tensor.to(device=device, dtype=None if later else dtype)))
         if progress is not None:
@@ -739,7 +739,7 @@ def load_model(
 
 
 def part_of(name: str) -> str:
-    """The part of the model, a decoder layer or as large, to which a parameter belongs."""
+    """What is packed at once with a parameter: a decoder layer, "vision", "aligner", "lm_head", or "language", the rest."""
     return ".".join(name.split(".")[: 3 if name.startswith("language.layers.") else 1])
 
 
@@ -760,7 +760,8 @@ def pack_part(model: DeepseekVL, part: str, dtype: torch.dtype, workspace: Works
 def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
     """Where the files hold a layer's scales, make room for it to be quantized. Returns "int4", "int8" or None.
 
-    Raises: ValueError for weights beside scales that are not integers of the expected dtypes.
+    Raises: ValueError for weights beside scales that are not integers of the expected dtypes, for int4 of a width that
+        fits no group, and for int8 and int4 in one folder.
     """
     kinds = set()
     for name, linear in list(model.named_modules()):

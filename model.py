@@ -355,7 +355,8 @@ def softmax_scale(head_dim: int, config: LanguageConfig) -> float:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, want_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The last T tokens attend to all S: fused, or written out where the weights are wanted or T is 1 on a CPU.
+    """The last T tokens attend to all S: fused, or written out where the weights are wanted, or where T is 1
+    on a CPU and no gradient is wanted.
 
     Args:
         q: (B, H, T, d); k, v: (B, G, S, d); visible: see `visible_keys`.
@@ -1210,8 +1211,8 @@ class PackedQuantizedLinear(nn.Module):
     widened from the layout of CPUs with 512-bit vectors alone; elsewhere its kernel does any number of rows.)
     """
 
-    # With more rows the kernels were slower on a Zen 4 CPU than making the weights wide; those for other dtypes than
-    # bfloat16 always but for a single row.
+    # With more rows than these the kernels were slower on a Zen 4 CPU than making the weights wide; those for other
+    # dtypes than bfloat16 with any number but one.
     FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
     # In bytes. From 32 MiB on, glibc asks the system for the memory anew each time, which is slow.
     PIECE = 2**24
@@ -1234,8 +1235,10 @@ class PackedQuantizedLinear(nn.Module):
         if linear.weight.device.type == "cuda":
             return torch.ops.aten._convert_weight_to_int4pack(linear.weight, 8)
         # int32 is large: some outputs at a time, a multiple of 64, stay in a CPU's cache.
-        pack, pieces = torch.ops.aten._convert_weight_to_int4pack_for_cpu, linear.weight.split(256)
-        return torch.cat([pack(linear.halves(piece).int(), 1) for piece in pieces])
+        packed = torch.empty_like(linear.weight)
+        for piece, room in zip(linear.weight.split(256), packed.split(256)):
+            room.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(linear.halves(piece).int(), 1))
+        return packed
 
     @staticmethod
     def suits(*modules: nn.Module | None) -> bool:

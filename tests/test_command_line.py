@@ -316,6 +316,20 @@ def test_progress_on_a_terminal(answer):
     assert "12 written in " in summary
 
 
+@pytest.mark.parametrize("when", ["before the answer", "within it"])
+def test_a_warning_on_a_terminal_has_its_own_line(when, answer, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fails if when == "before the answer" else lambda *_, **__: fails)
+    with terminal() as sent:
+        assert answer(f"{ASK} --compile") == by_hand(HELLO)
+        *lines, end = (line.rpartition("\r\033[K")[2] for line in sent().split("\r\n"))
+    warning = "--compile: not possible here, going on without it (no C++ compiler)"
+    *above, summary = lines
+    assert above in ([warning], ["", warning]) and " tokens read in " in summary and end == ""
+
+
 def test_an_error_takes_the_place_of_progress(run):
     with terminal() as sent:
         assert run("--model truncated-weights --prompt Hello").status == 2
