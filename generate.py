@@ -617,7 +617,7 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
     message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
     batch = processor([message], system=args.system)
     prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
-    vocabulary = read_config(folder).language.vocab_size
+    vocabulary = read_config(folder, processor.tokenizer).language.vocab_size
     if highest_id >= vocabulary:
         raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
     if args.model is None:
@@ -631,6 +631,7 @@ def run(args: argparse.Namespace, note: Callable[[str], None]) -> None:
         device=device,
         quantize=args.quantize,
         pack=args.save is None,
+        tokenizer=processor.tokenizer,
         progress=lambda share: note(f"{loading}: {share:.0%}"),
     )
     if args.save is not None:

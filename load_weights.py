@@ -43,7 +43,7 @@ from model import (
     layers_to_quantize,
     pack_linears,
 )
-from processor import load_tokenizer, read_json
+from processor import Tokenizer, load_tokenizer, read_json
 from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
@@ -350,18 +350,20 @@ def vl2_config(config: Section) -> ModelConfig:
     return ModelConfig(vision, language, tiles)
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """The config of a checkpoint folder, in any known layout.
 
     The ids of the image token and of the tokens that end an answer are looked up in the
     folder's generation config and tokenizer, where there are such files.
 
+    Args:
+        tokenizer: the folder's, where it has been read before, which takes up to a second.
     Raises: ValueError that names the file and the key, and what was expected.
     """
-    return read_layout_and_config(Path(path))[1]
+    return read_layout_and_config(Path(path), tokenizer)[1]
 
 
-def read_layout_and_config(folder: Path) -> tuple[Layout, ModelConfig]:
+def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Layout, ModelConfig]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file, expected a checkpoint folder with a config.json")
@@ -372,7 +374,7 @@ def read_layout_and_config(folder: Path) -> tuple[Layout, ModelConfig]:
     layout = LAYOUTS[kind]
     config = layout.read_config(Section(values, str(file)))
     check_sizes(config, file)
-    image_token_id, end_token_ids = find_token_ids(folder, config)
+    image_token_id, end_token_ids = find_token_ids(folder, config, tokenizer)
     return layout, replace(config, image_token_id=image_token_id, end_token_ids=end_token_ids)
 
 
@@ -399,15 +401,18 @@ def check_sizes(config: ModelConfig, file: Path) -> None:
             raise ValueError(f"{file}: a {tower.image_size} pixel image holds no {tower.patch_size} pixel patch")
 
 
-def find_token_ids(folder: Path, config: ModelConfig) -> tuple[int | None, tuple[int, ...]]:
+def find_token_ids(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer | None = None
+) -> tuple[int | None, tuple[int, ...]]:
     """The image token's id and the ids that end an answer, from the files that know them.
 
     transformers' generation_config.json names the end tokens by id; without it the tokenizer's
     own end token counts. Where a folder has neither, nothing ends an answer but its length.
     """
     image_token_id, end_token_ids = config.image_token_id, ()
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
         if image_token_id is None:
             image_token_id = tokenizer.token_to_id("<image>" if config.tiles else "<image_placeholder>")
         if tokenizer.eos_token_id is not None:
@@ -668,6 +673,7 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     pack: bool = False,
+    tokenizer: Tokenizer | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
@@ -685,11 +691,12 @@ def load_model(
             have been read, layers in 16 bits straight from the file's memory. The head, which is the largest layer
             and for a moment there twice, comes first. Quantized layers that are not packed are widened at every
             step, which is slow.
+        tokenizer: see `read_config`.
         progress: called after each tensor with the share of them that has been read, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
-    layout, config = read_layout_and_config(folder)
+    layout, config = read_layout_and_config(folder, tokenizer)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZATIONS)}")
     files = open_weights(folder)
@@ -739,7 +746,7 @@ def load_model(
 
 
 def part_of(name: str) -> str:
-    """What is packed at once with a parameter: a decoder layer, "vision", "aligner", "lm_head", or "language", the rest."""
+    """What a parameter is packed with: a decoder layer, "vision", "aligner", "lm_head", or the rest, "language"."""
     return ".".join(name.split(".")[: 3 if name.startswith("language.layers.") else 1])
 
 

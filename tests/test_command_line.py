@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 import generate
+import load_weights
 import processor
 from load_weights import load_model
 
@@ -204,6 +205,14 @@ def test_layers_without_a_kernel_are_told_of(run, answer, monkeypatch):
     result = run(f"{LOOK} --quantize int8")
     assert (result.status, result.out, result.err.count("\n")) == (0, expected, 1)
     assert "without a fast kernel here: 22, as language.layers.0." in result.err  # 3 times 7, and the head
+
+
+def test_the_tokenizer_is_read_once(answer, monkeypatch):
+    expected, read, folders = by_hand(HELLO), processor.load_tokenizer, []
+    for module in (processor, load_weights):
+        monkeypatch.setattr(module, "load_tokenizer", lambda path: folders.append(str(path)) or read(path))
+    assert answer(ASK) == expected
+    assert folders == ["model"]
 
 
 def test_compile_changes_nothing_or_says_why_not(run, answer, monkeypatch):
