@@ -8,7 +8,8 @@ Read top to bottom, each part is met just before it is used (but for `products` 
     DecoderLayer, Decoder,
     DeepseekVL: image features in place of image tokens, one decoder over all,
     QuantizedLinear: weights in 8 or 4 bits,
-    PackedLinear, PackedQuantizedLinear: the same weights in the order in which the machine reads them fastest.
+    PackedLinear, PackedQuantizedLinear: the same weights in the order in which the machine reads them fastest
+    (brought there through a Workspace).
 
     input_ids (B, T) -> embeddings (B, T, D)  <- image features (images, N, D) at the placeholders
                      -> layers of attention and SwiGLU (B, T, D) -> logits (B, T, vocabulary)
