@@ -1,14 +1,15 @@
-"""From a checkpoint folder to a model: its config, its tensor names, its weights.
+"""From a checkpoint folder to a model: its config, its tensor names, its weights, and how they lie in memory.
 
     config.json           -> read_config  -> ModelConfig, plain dataclasses
     names in the files    -> LAYOUTS      -> names in the model, one visible table a layout
-    *.safetensors, *.bin  -> load_model   -> DeepseekVL, tensor by tensor, never the whole of it twice
+    *.safetensors, *.bin  -> load_model   -> DeepseekVL: one pass over its modules, never the whole of it twice
+                          -> pack         -> DeepseekVL with layers stored for fast inference
 
 Three layouts are read: the official ones of DeepSeek-VL (deepseek-ai/deepseek-vl-*) and of
 DeepSeek-VL2 (deepseek-ai/deepseek-vl2*), and that of transformers (deepseek-community/*, and
 whatever its save_pretrained writes).
 
-Nothing of a checkpoint is ever executed: JSON, safetensors, and pickles with weights_only.
+No code in a checkpoint is executed: JSON, safetensors, and pickles with weights_only.
 """
 
 from __future__ import annotations
@@ -18,43 +19,37 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import (
-    INT4_GROUPS,
-    PACKED,
-    QUANTIZATIONS,
-    DeepseekVL,
-    ExpertsConfig,
-    LanguageConfig,
-    LatentConfig,
-    ModelConfig,
-    QuantizedLinear,
-    Workspace,
-    YarnConfig,
-    layers_to_quantize,
-    pack_linears,
-)
+from model import MODELS, DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
 from processor import Tokenizer, load_tokenizer, read_json
-from vision import HybridConfig, PixelNorm, SAMConfig, SigLIPConfig, TileConfig
+from vision import HybridConfig, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
 
-# Beyond these a config is damaged: refused before it costs time and memory.
+# Larger numbers mean a damaged config, which is refused before it costs time and memory.
 MAX_NUMBER = 2**31 - 1
 MAX_BLOCKS = 20_000  # layers, or layers times experts; DeepSeek-VL2 has 30 x 72
 
+# All other numbers must be above zero, and all other lists as long as their default.
+MAY_BE_ZERO = {
+    *("n_shared_experts", "first_k_dense_replace", "mscale", "mscale_all_dim", "global_attn_indexes", "pixel_mean")
+}
+ANY_LENGTH = {"global_attn_indexes"}
+
 
 class Section:
-    """A JSON object of a config that knows its own name, so that errors can tell it."""
+    """A JSON object of a config. It knows its own name, for errors."""
 
     def __init__(self, values: Any, name: str):
         if not isinstance(values, dict):
@@ -66,26 +61,29 @@ class Section:
         value = self.values.get(key)
         return Section({} if value is None else value, f"{self.name}: {key}")
 
-    def get(self, key: str, default: Any, least: float | None = None) -> Any:
-        """A number of the default's type, above zero, or `least` and more; absent or null it is the default."""
+    def get(self, key: str, default: Any) -> Any:
+        """A value of the default's type: bool, int, float, or a tuple of numbers. Absent or null: the default.
+
+        Raises: ValueError that names the file and the key, and what was expected.
+        """
         value = self.values.get(key)
-        return default if value is None else self._number(key, value, type(default), least)
-
-    def numbers(self, key: str, default: tuple, least: float | None = None, same_length: bool = True) -> tuple:
-        """A list of numbers like `default`, and as many unless told otherwise; absent or null it is the default."""
-        values = self.values.get(key)
-        if values is None:
+        if value is None:
             return default
-        if not isinstance(values, list) or (same_length and len(values) != len(default)):
-            count = len(default) if same_length else "some"
-            raise ValueError(f"{self.name}: {key} is {values!r}, expected a list of {count} numbers")
-        return tuple(self._number(f"{key}[{i}]", value, type(default[0]), least) for i, value in enumerate(values))
+        if isinstance(default, bool):
+            return self.expect(key, default, not default)
+        if not isinstance(default, tuple):
+            return self._number(key, value, type(default), key in MAY_BE_ZERO)
+        if not isinstance(value, list) or (key not in ANY_LENGTH and len(value) != len(default)):
+            count = "some" if key in ANY_LENGTH else len(default)
+            raise ValueError(f"{self.name}: {key} is {value!r}, expected a list of {count} numbers")
+        wanted, zero = type(default[0]), key in MAY_BE_ZERO
+        return tuple(self._number(f"{key}[{i}]", number, wanted, zero) for i, number in enumerate(value))
 
-    def _number(self, key: str, value: Any, wanted: type, least: float | None) -> Any:
+    def _number(self, key: str, value: Any, wanted: type, zero: bool) -> Any:
         fits = type(value) is wanted or (wanted is float and type(value) is int)
-        if not fits or not (0 < value if least is None else least <= value) or value > MAX_NUMBER:
+        if not fits or not (0 <= value if zero else 0 < value) or value > MAX_NUMBER:
             kind = {int: "an integer", float: "a number"}[wanted]
-            bound = "above 0" if least is None else f"of {least} or more"
+            bound = f"of {wanted()} or more" if zero else "above 0"
             raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind} {bound}, at most {MAX_NUMBER}")
         return wanted(value)
 
@@ -99,56 +97,59 @@ class Section:
         return value
 
 
-# The official configs name a vision tower by its preset; keys beside the name override it.
-SIGLIP_PRESETS = {
-    "siglip_large_patch16_384": {"patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0},
-    "siglip_so400m_patch14_384": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
+def fill(defaults: Any, section: Section, keys: dict[str, str] | None = None, **known: Any) -> Any:
+    """A config dataclass from a section. An absent key takes the field's value in `defaults`.
+
+    Only fields that hold numbers, truth values or tuples of numbers are read.
+
+    Args:
+        keys: field -> key of the file, where the two differ.
+        known: fields that are not read from the section.
+    """
+    keys, read = keys or {}, {}
+    for field in fields(defaults):
+        default = getattr(defaults, field.name)
+        if field.name not in known and isinstance(default, (int, float, tuple)):
+            read[field.name] = section.get(keys.get(field.name, field.name), default)
+    return replace(defaults, **read, **known)
+
+
+# Keys of the files whose names differ from the fields'.
+SAM_KEYS = {"window": "window_size", "global_layers": "global_attn_indexes"}
+OFFICIAL_KEYS = {**SAM_KEYS, "mean": "pixel_mean", "std": "pixel_std"}
+TRANSFORMERS_KEYS = {
+    **SAM_KEYS,
+    **{"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"},
+    **{"mlp_width": "intermediate_size", "neck_channels": "output_channels"},
 }
-SAM_PRESET = "sam_b_downsample"
-
-GELU_FORMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # hidden_act -> torch's name
-
-
-def official_siglip(params: Section, name: str = "siglip_large_patch16_384", gelu: str = "none") -> SigLIPConfig:
-    params.expect("model_name", name)
-    preset = SIGLIP_PRESETS[name]
-    params.expect("select_feature", "same")
-    params.expect("select_layer", -1)
-    size = {key: params.get(key, value) for key, value in preset.items()}
-    return SigLIPConfig(
-        image_size=params.get("image_size", 384),
-        patch_size=size["patch_size"],
-        width=size["width"],
-        layers=size["layers"],
-        heads=size["heads"],
-        mlp_width=int(size["width"] * size["mlp_ratio"]),
-        gelu=gelu,
-    )
+# The official configs name a vision tower by its preset; keys beside the name override it. Beside the sizes: the ratio
+# of MLP width to width.
+TOWERS = {
+    "siglip_large_patch16_384": (MODELS["deepseek-vl-1.3b"].vision, 4.0),
+    "siglip_so400m_patch14_384": (MODELS["deepseek-vl2"].vision, 3.7362),
+    "sam_b_downsample": (MODELS["deepseek-vl-7b"].vision.high, 4.0),
+}
+# What absent keys mean: the defaults of the class that wrote the file.
+TRANSFORMERS_SIGLIP = SigLIPConfig(image_size=224, width=768, layers=12, heads=12, mlp_width=3072)
+LLAMA = LanguageConfig(vocab_size=32000, num_hidden_layers=32, max_position_embeddings=2048)  # LlamaConfig
+DEEPSEEK_V2 = LanguageConfig(max_position_embeddings=2048)  # DeepseekV2Config
+DEEPSEEK_V2_EXPERTS = ExpertsConfig(
+    n_shared_experts=0, num_experts_per_tok=1, moe_intermediate_size=1407, first_k_dense_replace=0
+)
+DEEPSEEK_V2_QUERY_RANK = 1536
 
 
-def official_sam(params: Section) -> SAMConfig:
-    params.expect("model_name", SAM_PRESET)
-    default = SAMConfig()
-    width = params.get("width", default.width)
-    return SAMConfig(
-        image_size=params.get("image_size", default.image_size),
-        patch_size=params.get("patch_size", default.patch_size),
-        width=width,
-        layers=params.get("layers", default.layers),
-        heads=params.get("heads", default.heads),
-        mlp_width=int(width * params.get("mlp_ratio", 4.0)),
-        window=params.get("window_size", default.window),
-        global_layers=params.numbers("global_attn_indexes", default.global_layers, least=0, same_length=False),
-        neck_channels=params.get("neck_channels", default.neck_channels),
-        downsample_channels=params.numbers("downsample_channels", default.downsample_channels),
-    )
+def official_tower(section: Section, name: str) -> SigLIPConfig | SAMConfig:
+    section.expect("model_name", name)
+    defaults, mlp_ratio = TOWERS[name]
+    width = section.get("width", defaults.width)
+    return fill(defaults, section, OFFICIAL_KEYS, mlp_width=int(width * section.get("mlp_ratio", mlp_ratio)))
 
 
-def official_pixel_norm(params: Section, default: PixelNorm) -> PixelNorm:
-    return PixelNorm(
-        mean=params.numbers("pixel_mean", default.mean, least=0.0),
-        std=params.numbers("pixel_std", default.std),
-    )
+def official_siglip(section: Section, name: str = "siglip_large_patch16_384") -> SigLIPConfig:
+    section.expect("select_feature", "same")
+    section.expect("select_layer", -1)
+    return official_tower(section, name)
 
 
 def official_vision(config: Section) -> SigLIPConfig | HybridConfig:
@@ -160,23 +161,16 @@ def official_vision(config: Section) -> SigLIPConfig | HybridConfig:
     params.expect("concat_type", "tuple")
     return HybridConfig(
         low=official_siglip(low),
-        high=official_sam(high),
-        low_norm=official_pixel_norm(low, HybridConfig.low_norm),
-        high_norm=official_pixel_norm(high, HybridConfig.high_norm),
+        high=official_tower(high, "sam_b_downsample"),
+        low_norm=fill(HybridConfig.low_norm, low, OFFICIAL_KEYS),
+        high_norm=fill(HybridConfig.high_norm, high, OFFICIAL_KEYS),
     )
 
 
 def transformers_siglip(config: Section) -> SigLIPConfig:
     config.expect("model_type", "siglip_vision_model")
-    return SigLIPConfig(
-        image_size=config.get("image_size", 224),
-        patch_size=config.get("patch_size", 16),
-        width=config.get("hidden_size", 768),
-        layers=config.get("num_hidden_layers", 12),
-        heads=config.get("num_attention_heads", 12),
-        mlp_width=config.get("intermediate_size", 3072),
-        gelu=GELU_FORMS[config.expect("hidden_act", "gelu_pytorch_tanh", "gelu")],
-    )
+    act = config.expect("hidden_act", "gelu_pytorch_tanh", "gelu")
+    return fill(TRANSFORMERS_SIGLIP, config, TRANSFORMERS_KEYS, gelu="exact" if act == "gelu" else "tanh")
 
 
 def transformers_sam(config: Section) -> SAMConfig:
@@ -184,48 +178,35 @@ def transformers_sam(config: Section) -> SAMConfig:
     for key in ("qkv_bias", "use_abs_pos", "use_rel_pos"):
         config.expect(key, True)
     config.expect("hidden_act", "gelu")
-    default = SAMConfig()
-    channels = config.get("output_channels", default.neck_channels)
-    width = config.get("hidden_size", default.width)
-    return SAMConfig(
-        image_size=config.get("image_size", default.image_size),
-        patch_size=config.get("patch_size", default.patch_size),
-        width=width,
-        layers=config.get("num_hidden_layers", default.layers),
-        heads=config.get("num_attention_heads", default.heads),
+    width = config.get("hidden_size", SAMConfig.width)
+    channels = config.get("output_channels", SAMConfig.neck_channels)
+    return fill(
+        SAMConfig(),
+        config,
+        TRANSFORMERS_KEYS,
         mlp_width=config.get("mlp_dim", int(width * config.get("mlp_ratio", 4.0))),
-        window=config.get("window_size", default.window),
-        global_layers=config.numbers("global_attn_indexes", default.global_layers, least=0, same_length=False),
-        neck_channels=channels,
         downsample_channels=(2 * channels, 4 * channels),
     )
 
 
-def llama(config: Section) -> LanguageConfig:
-    """A Llama config in which absent keys have the defaults of transformers' LlamaConfig."""
-    config.expect("model_type", "llama")
+def language_model(config: Section, defaults: LanguageConfig, **known: Any) -> LanguageConfig:
+    """What LlamaConfig and DeepseekV2Config share. By default, heads share no keys and split the width."""
     config.expect("hidden_act", "silu")
     config.expect("attention_bias", False)
+    heads = config.get("num_attention_heads", defaults.num_attention_heads)
+    head_dim = config.get("hidden_size", defaults.hidden_size) // heads
+    return fill(replace(defaults, num_key_value_heads=heads, head_dim=head_dim), config, **known)
+
+
+def llama(config: Section) -> LanguageConfig:
+    """The language model of DeepSeek-VL."""
+    config.expect("model_type", "llama")
     config.expect("mlp_bias", False)
     config.expect("rope_scaling", None)
     rope = config.section("rope_parameters")  # newer files; older ones have rope_theta beside the sizes
     rope.expect("rope_type", "default")
-    heads = config.get("num_attention_heads", 32)
-    hidden_size = config.get("hidden_size", 4096)
-    kv_heads = config.get("num_key_value_heads", heads)
-    return LanguageConfig(
-        vocab_size=config.get("vocab_size", 32000),
-        hidden_size=hidden_size,
-        intermediate_size=config.get("intermediate_size", 11008),
-        num_hidden_layers=config.get("num_hidden_layers", 32),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=config.get("head_dim", hidden_size // heads),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        tie_word_embeddings=config.expect("tie_word_embeddings", False, True),
-    )
+    theta = rope.get("rope_theta", config.get("rope_theta", LLAMA.rope_theta))
+    return language_model(config, LLAMA, rope_theta=theta)
 
 
 def official_config(config: Section) -> ModelConfig:
@@ -247,86 +228,24 @@ def transformers_config(config: Section) -> ModelConfig:
 
 
 def deepseek_v2(config: Section) -> LanguageConfig:
-    """The language model of DeepSeek-VL2; absent keys have the defaults of its DeepseekV2Config."""
-    config.expect("hidden_act", "silu")
-    config.expect("attention_bias", False)
-    heads = config.get("num_attention_heads", 32)
-    hidden_size = config.get("hidden_size", 4096)
-    latent = None
+    """The language model of DeepSeek-VL2. Absent or null, `n_routed_experts` and `rope_scaling` mean: none."""
+    latent = experts = yarn = None
     if config.expect("use_mla", True, False):
-        q_lora_rank = config.values.get("q_lora_rank", 1536)  # null says: none
-        latent = LatentConfig(
-            q_lora_rank=None if q_lora_rank is None else config.get("q_lora_rank", 1536),
-            kv_lora_rank=config.get("kv_lora_rank", 512),
-            qk_nope_head_dim=config.get("qk_nope_head_dim", 128),
-            qk_rope_head_dim=config.get("qk_rope_head_dim", 64),
-            v_head_dim=config.get("v_head_dim", 128),
-        )
-    return LanguageConfig(
-        vocab_size=config.get("vocab_size", 102400),
-        hidden_size=hidden_size,
-        intermediate_size=config.get("intermediate_size", 11008),
-        num_hidden_layers=config.get("num_hidden_layers", 30),
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads", heads),
-        head_dim=hidden_size // heads,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=config.get("rope_theta", 10000.0),
-        tie_word_embeddings=config.expect("tie_word_embeddings", False, True),
-        latent=latent,
-        experts=deepseek_experts(config),
-        yarn=yarn(config),
-    )
-
-
-def deepseek_experts(config: Section) -> ExpertsConfig | None:
-    if config.values.get("n_routed_experts") is None:
-        return None
-    experts = ExpertsConfig(
-        n_routed_experts=config.get("n_routed_experts", 1),
-        n_shared_experts=config.get("n_shared_experts", 0, least=0),
-        num_experts_per_tok=config.get("num_experts_per_tok", 1),
-        moe_intermediate_size=config.get("moe_intermediate_size", 1407),
-        first_k_dense_replace=config.get("first_k_dense_replace", 0, least=0),
-        moe_layer_freq=config.get("moe_layer_freq", 1),
-        topk_method=config.expect("topk_method", "greedy", "group_limited_greedy", "noaux_tc"),
-        scoring_func=config.expect("scoring_func", "softmax", "sigmoid"),
-        n_group=config.get("n_group", 1),
-        topk_group=config.get("topk_group", 1),
-        norm_topk_prob=config.expect("norm_topk_prob", False, True),
-        routed_scaling_factor=config.get("routed_scaling_factor", 1.0),
-    )
-    choosable = experts.n_routed_experts
-    if experts.topk_method != "greedy":
-        choosable = experts.n_routed_experts // experts.n_group * experts.topk_group
-    if (
-        experts.n_routed_experts % experts.n_group
-        or experts.topk_group > experts.n_group
-        or experts.num_experts_per_tok > choosable
-    ):
-        raise ValueError(
-            f"{config.name}: {experts.num_experts_per_tok} experts a token, of {experts.topk_group} in "
-            f"{experts.n_group} groups, do not fit {experts.n_routed_experts} experts"
-        )
-    return experts
-
-
-def yarn(config: Section) -> YarnConfig | None:
-    if config.values.get("rope_scaling") is None:
-        return None
-    scaling = config.section("rope_scaling")
-    kind = scaling.values.get("type", scaling.values.get("rope_type"))
-    if kind != "yarn":
-        raise ValueError(f"{scaling.name}: type is {kind!r}, only 'yarn' is supported")
-    return YarnConfig(
-        factor=scaling.get("factor", 1.0),
-        original_max_position_embeddings=scaling.get("original_max_position_embeddings", 4096),
-        beta_fast=scaling.get("beta_fast", 32.0),
-        beta_slow=scaling.get("beta_slow", 1.0),
-        mscale=scaling.get("mscale", 1.0, least=0.0),
-        mscale_all_dim=scaling.get("mscale_all_dim", 0.0, least=0.0),
-    )
+        rank = config.values.get("q_lora_rank", DEEPSEEK_V2_QUERY_RANK)  # null means: none
+        rank = None if rank is None else config.get("q_lora_rank", DEEPSEEK_V2_QUERY_RANK)
+        latent = fill(LatentConfig(), config, q_lora_rank=rank)
+    if config.values.get("n_routed_experts") is not None:
+        method = config.expect("topk_method", "greedy", "group_limited_greedy", "noaux_tc")
+        score = config.expect("scoring_func", "softmax", "sigmoid")
+        experts = fill(DEEPSEEK_V2_EXPERTS, config, topk_method=method, scoring_func=score)
+    if config.values.get("rope_scaling") is not None:
+        scaling = config.section("rope_scaling")
+        kind = scaling.values.get("type", scaling.values.get("rope_type"))
+        if kind != "yarn":
+            raise ValueError(f"{scaling.name}: type is {kind!r}, only 'yarn' is supported")
+        yarn = fill(YarnConfig(factor=1.0), scaling)
+    language = language_model(config, DEEPSEEK_V2, latent=latent, experts=experts, yarn=yarn)
+    return replace(language, head_dim=language.hidden_size // language.num_attention_heads)
 
 
 def vl2_config(config: Section) -> ModelConfig:
@@ -334,17 +253,12 @@ def vl2_config(config: Section) -> ModelConfig:
     projector = config.section("projector_config")
     projector.expect("projector_type", "downsample_mlp_gelu")
     projector.expect("depth", 2)
-    tiles = TileConfig(
-        downsample_ratio=projector.get("downsample_ratio", 2),
-        mlp_ratio=projector.get("mlp_ratio", 1),
-        global_view_first=config.expect("global_view_pos", "head", "tail") == "head",
-    )
-    vision = official_siglip(config.section("vision_config"), "siglip_so400m_patch14_384", gelu="tanh")
+    view = config.expect("global_view_pos", "head", "tail")
+    tiles = fill(TileConfig(), projector, global_view_first=view == "head")
+    vision = official_siglip(config.section("vision_config"), "siglip_so400m_patch14_384")
     language = deepseek_v2(config.section("language_config"))
-    for key, found, needed in (
-        ("input_dim", projector.get("input_dim", 1152), vision.width),
-        ("n_embed", projector.get("n_embed", 2048), language.hidden_size),
-    ):
+    for key, default, needed in (("input_dim", 1152, vision.width), ("n_embed", 2048, language.hidden_size)):
+        found = projector.get(key, default)
         if found != needed:
             raise ValueError(f"{projector.name}: {key} is {found}, expected {needed} to fit its neighbours")
     return ModelConfig(vision, language, tiles)
@@ -357,7 +271,7 @@ def read_config(path: str | Path, tokenizer: Tokenizer | None = None) -> ModelCo
     folder's generation config and tokenizer, where there are such files.
 
     Args:
-        tokenizer: the folder's, where it has been read before, which takes up to a second.
+        tokenizer: the folder's; None reads it, which takes up to a second.
     Raises: ValueError that names the file and the key, and what was expected.
     """
     return read_layout_and_config(Path(path), tokenizer)[1]
@@ -380,34 +294,40 @@ def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> 
 
 def check_sizes(config: ModelConfig, file: Path) -> None:
     """Raise ValueError where the sizes do not fit each other."""
-    language, towers = config.language, [config.vision]
+
+    def check(fits: bool, message: str) -> None:
+        if not fits:
+            raise ValueError(f"{file}: {message}")
+
+    language, towers, e = config.language, [config.vision], config.language.experts
     if isinstance(config.vision, HybridConfig):
-        towers = [config.vision.low, config.vision.high]
-        if not config.vision.high.global_layers or max(config.vision.high.global_layers) >= config.vision.high.layers:
-            raise ValueError(f"{file}: global_attn_indexes do not fit {config.vision.high.layers} SAM layers")
-    experts = language.experts.n_routed_experts if language.experts else 1
-    for blocks in (language.num_hidden_layers * experts, *(tower.layers for tower in towers)):
-        if blocks > MAX_BLOCKS:
-            raise ValueError(f"{file}: {blocks} layers or experts, expected at most {MAX_BLOCKS}")
-    heads, kv_heads = language.num_attention_heads, language.num_key_value_heads
-    if heads % kv_heads:
-        raise ValueError(f"{file}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
-    if language.rope_dim < 2 or language.rope_dim % 2:
-        raise ValueError(f"{file}: heads of {language.rope_dim} values cannot be rotated in pairs")
-    for tower in towers:
-        if tower.width % tower.heads:
-            raise ValueError(f"{file}: vision width {tower.width} is no multiple of {tower.heads} heads")
-        if tower.image_size < tower.patch_size:
-            raise ValueError(f"{file}: a {tower.image_size} pixel image holds no {tower.patch_size} pixel patch")
+        sam, towers = config.vision.high, [config.vision.low, config.vision.high]
+        fit = sam.global_layers and max(sam.global_layers) < sam.layers
+        check(bool(fit), f"global_attn_indexes do not fit {sam.layers} SAM layers")
+    if e is not None:
+        choosable = e.n_routed_experts
+        if e.topk_method != "greedy":
+            choosable = e.n_routed_experts // e.n_group * e.topk_group
+        check(
+            e.n_routed_experts % e.n_group == 0 and e.topk_group <= e.n_group and e.num_experts_per_tok <= choosable,
+            f"language_config: {e.num_experts_per_tok} experts a token, of {e.topk_group} in {e.n_group} groups, "
+            f"do not fit {e.n_routed_experts} experts",
+        )
+    blocks = language.num_hidden_layers * (e.n_routed_experts if e else 1)
+    blocks = max(blocks, *(tower.layers for tower in towers))
+    check(blocks <= MAX_BLOCKS, f"{blocks} layers or experts, expected at most {MAX_BLOCKS}")
+    heads, kv_heads, rope_dim = language.num_attention_heads, language.num_key_value_heads, language.rope_dim
+    check(heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    check(rope_dim >= 2 and rope_dim % 2 == 0, f"heads of {rope_dim} values cannot be rotated in pairs")
+    for t in towers:
+        check(t.width % t.heads == 0, f"vision width {t.width} is no multiple of {t.heads} heads")
+        check(t.image_size >= t.patch_size, f"a {t.image_size} pixel image holds no {t.patch_size} pixel patch")
 
 
-def find_token_ids(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer | None = None
-) -> tuple[int | None, tuple[int, ...]]:
-    """The image token's id and the ids that end an answer, from the files that know them.
+def find_token_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Any, tuple[int, ...]]:
+    """The image token's id and the ids that end an answer; None and () where no file names them.
 
-    transformers' generation_config.json names the end tokens by id; without it the tokenizer's
-    own end token counts. Where a folder has neither, nothing ends an answer but its length.
+    The end tokens are those of generation_config.json, without it the tokenizer's own end token.
     """
     image_token_id, end_token_ids = config.image_token_id, ()
     if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -430,11 +350,15 @@ def find_token_ids(
 
 # ---------------------------------------------------------------------------- tensor names
 
-# A row says: this name in the checkpoint is that name in the model. The first row that fits
-# counts. `*` stands for the same text on both sides; `{a,b}` for names that the model keeps
-# as one tensor, stacked in this order along the first dimension.
+# A row: a name in the checkpoint, a name in the model. The first row that fits counts. `*` stands for the
+# same text on both sides, `{a,b}` for several tensors that the model stacks along the first dimension.
+
+UNUSED = ""  # no forward pass of the original reads these: SigLIP's pooling head, and two norms of the 7B
 
 OFFICIAL_NAMES = [
+    ("vision_model.*attn_pool.*", UNUSED),
+    ("vision_model.high_layer_norm.*", UNUSED),
+    ("vision_model.low_layer_norm.*", UNUSED),
     ("vision_model.vision_tower_high.vision_tower.*", "vision.high.*"),
     ("vision_model.vision_tower_low.vision_tower.*", "vision.low.*"),
     ("vision_model.vision_tower.*", "vision.*"),
@@ -462,6 +386,7 @@ _PARTS = [
 ]
 
 TRANSFORMERS_NAMES = [
+    ("model.vision_model.*head.*", UNUSED),
     ("model.high_res_vision_alpha", "vision.high.hd_alpha_downsamples"),
     ("model.high_res_vision_proj.conv1.weight", "vision.high.downsamples.0.weight"),
     ("model.high_res_vision_proj.conv2.weight", "vision.high.downsamples.1.weight"),
@@ -481,6 +406,7 @@ TRANSFORMERS_NAMES = [
 ]
 
 VL2_NAMES = [
+    ("vision.attn_pool.*", UNUSED),
     ("image_newline", "aligner.image_newline"),
     ("view_seperator", "aligner.view_seperator"),
     ("projector.layers.0.*", "aligner.linear1.*"),
@@ -492,30 +418,19 @@ VL2_NAMES = [
 
 
 class Layout(NamedTuple):
-    """One family of checkpoints: how to read its config, its names, and what to pass over."""
+    """One family of checkpoints: how to read its config, and its names."""
 
     read_config: Callable[[Section], ModelConfig]
     names: list[tuple[str, str]]
-    unused: tuple[str, ...]  # patterns of tensors that no forward pass of the original reads
 
 
-OFFICIAL = Layout(
-    official_config,
-    OFFICIAL_NAMES,
-    (
-        "vision_model.*attn_pool.*",  # SigLIP's pooling head
-        "vision_model.high_layer_norm.*",
-        "vision_model.low_layer_norm.*",
-    ),
-)
-TRANSFORMERS = Layout(transformers_config, TRANSFORMERS_NAMES, ("model.vision_model.*head.*",))
-VL2 = Layout(vl2_config, VL2_NAMES, ("vision.attn_pool.*",))
-LAYOUTS = {
-    "multi_modality": OFFICIAL,
-    "deepseek_vl_v2": VL2,
-    "deepseek_vl": TRANSFORMERS,
-    "deepseek_vl_hybrid": TRANSFORMERS,
+LAYOUTS = {  # model_type -> layout
+    "multi_modality": Layout(official_config, OFFICIAL_NAMES),
+    "deepseek_vl_v2": Layout(vl2_config, VL2_NAMES),
+    "deepseek_vl": Layout(transformers_config, TRANSFORMERS_NAMES),
+    "deepseek_vl_hybrid": Layout(transformers_config, TRANSFORMERS_NAMES),
 }
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 8 bits and fewer would need scales
 
 
 class Target(NamedTuple):
@@ -523,6 +438,7 @@ class Target(NamedTuple):
 
     parameter: str
     shape: tuple[int, ...]  # that the tensor must have
+    dtypes: tuple[torch.dtype, ...]  # of which it must have one
 
 
 def checkpoint_names(name: str, table: list[tuple[str, str]]) -> list[str]:
@@ -551,19 +467,18 @@ def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict
     for name, parameter in model.state_dict().items():
         theirs = checkpoint_names(name, layout.names)
         shape = tuple(parameter.shape)
-        if layout is TRANSFORMERS and name.endswith("pos_embed") and len(shape) == 3:
+        if layout.names is TRANSFORMERS_NAMES and name.endswith("pos_embed") and len(shape) == 3:
             shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) in transformers' files
         part_shape = (shape[0] // len(theirs), *shape[1:])
+        dtypes = FLOATS if parameter.is_floating_point() else (parameter.dtype,)
         for their_name in theirs:
             if double:
                 their_name = re.sub(r"^model\.vision_model\.", "model.vision_model.vision_model.", their_name)
-            expected[their_name] = Target(name, part_shape)
+            expected[their_name] = Target(name, part_shape, dtypes)
     return expected
 
 
 # ---------------------------------------------------------------------------- files
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 8 bits and fewer would need scales
 
 
 class WeightFile:
@@ -580,10 +495,10 @@ class WeightFile:
         try:
             if path.suffix == ".safetensors":
                 self._file = safe_open(path, framework="pt")
-                self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}
+                self.names = set(self._file.keys())
             else:
                 self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                self.shapes = plain_shapes(self._file)
+                self.names = names_of_tensors(self._file)
         except (UnpicklingError, EOFError, LookupError):  # torch's text for these advises to run the pickle
             raise ValueError(f"{path}: not a readable weight file (not a pickle of tensors alone)") from None
         except Exception as error:  # both libraries raise many kinds on a damaged file
@@ -596,15 +511,15 @@ class WeightFile:
         return self._file.get_tensor(name)
 
 
-def plain_shapes(pickled: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a dict of ordinary tensors. Raises: ValueError for anything else."""
+def names_of_tensors(pickled: Any) -> set[str]:
+    """The names in a dict of ordinary tensors. Raises: ValueError for anything else."""
     if not isinstance(pickled, dict):
         raise ValueError(f"expected a dict of tensors, found {type(pickled).__name__}")
     for name, tensor in pickled.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or not isinstance(name, str):
             raise ValueError(f"{name!r} is no ordinary tensor with a name")
-    return {name: tuple(tensor.shape) for name, tensor in pickled.items()}
+    return set(pickled)
 
 
 def open_weights(folder: Path) -> dict[str, WeightFile]:
@@ -619,7 +534,7 @@ def open_weights(folder: Path) -> dict[str, WeightFile]:
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if single.exists():
             file = WeightFile(single)
-            return dict.fromkeys(file.shapes, file)
+            return dict.fromkeys(file.names, file)
         if index.exists():
             return open_shards(index)
     raise ValueError(f"{folder}: no weights, expected model.safetensors or pytorch_model.bin, or shards and an index")
@@ -635,17 +550,17 @@ def open_shards(index: Path) -> dict[str, WeightFile]:
             raise ValueError(f"{index}: {name} is said to be in {shard!r}, expected a file name")
         if shard not in files:
             files[shard] = WeightFile(index.parent / shard)
-        if name not in files[shard].shapes:
+        if name not in files[shard].names:
             raise ValueError(f"{index.parent / shard}: lacks tensor {name}, which {index.name} promises")
-    stored = {name: file for file in files.values() for name in file.shapes}
+    stored = {name: file for file in files.values() for name in file.names}
     if stored.keys() != weight_map.keys():
         name = min(stored.keys() - weight_map.keys())
         raise ValueError(f"{stored[name].path}: holds tensor {name}, which {index.name} does not list")
     return {name: files[shard] for name, shard in weight_map.items()}
 
 
-def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layout: Layout, folder: Path) -> None:
-    """Raise ValueError that names the first tensor that is missing, misshapen, or unexpected."""
+def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], layout: Layout, folder: Path) -> None:
+    """Raise ValueError that names the first tensor that is missing, unexpected, or of a wrong shape or dtype."""
 
     def listed(names: list[str]) -> str:
         return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
@@ -654,16 +569,352 @@ def check_names(expected: dict[str, Target], files: dict[str, WeightFile], layou
     if missing:
         target = expected[missing[0]]
         raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
-    unused = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in layout.unused]
-    extra = sorted(name for name in files.keys() - expected.keys() if not any(p.fullmatch(name) for p in unused))
+    unused = [re.escape(theirs).replace(r"\*", ".*") for theirs, ours in layout.names if ours == UNUSED]
+    extra = sorted(name for name in files.keys() - expected.keys() if not re.fullmatch("|".join(unused), name))
     if extra:
         raise ValueError(f"{folder}: unexpected tensor {listed(extra)}, the model of config.json has no such part")
     for name, target in expected.items():
-        shape = files[name].shapes[name]
-        if shape != target.shape:
-            raise ValueError(
-                f"{files[name].path}: tensor {name} has shape {list(shape)}, config.json says {list(target.shape)}"
-            )
+        tensor, where = files[name].read(name), f"{files[name].path}: tensor {name}"
+        if tensor.shape != target.shape:
+            raise ValueError(f"{where} has shape {list(tensor.shape)}, config.json says {list(target.shape)}")
+        if tensor.dtype not in target.dtypes:
+            wanted = f"one of {FLOATS}" if target.dtypes == FLOATS else target.dtypes[0]
+            raise ValueError(f"{where} holds {tensor.dtype}, expected {wanted}")
+
+
+# ---------------------------------------------------------------------------- how weights lie in memory
+
+# A linear layer has four forms, which are called alike:
+#
+#     nn.Linear              as the checkpoint has it
+#     QuantizedLinear        int8 or int4; to be saved, and the equation of what the packed form computes
+#     PackedLinear           bfloat16 in the order in which a CPU's matmul reads it
+#     PackedQuantizedLinear  int8 or int4 in the layout of torch's kernels
+#
+# `load_model` and `pack` put one in place of another. The model does not know.
+
+QUANTIZATIONS = {"int8": torch.int8, "int4": torch.uint8}  # how each is stored
+INT4_GROUPS = (128, 64)  # inputs that share a scale: the first that divides a layer's width
+READ_AS_A_MATRIX = "kv_b_proj"  # latent attention computes with this weight itself, so it stays as it is
+
+
+def layers_to_quantize(model: DeepseekVL, kind: str) -> list[str]:
+    """The names of the linear layers that become "int8" or "int4".
+
+    These are the decoder's layers and the head, which every new token reads whole. The rest stays in 16 bits:
+    embeddings, of which a token reads one row; norms and routers, which are small and sensitive; latent attention's
+    `kv_b_proj`; vision and aligner, which run once an image; a head tied to the embedding; and for int4 a layer
+    whose width no group divides.
+    """
+    head = () if model.config.language.tie_word_embeddings else ("lm_head",)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (name.startswith("language.layers.") or name in head)
+        and not name.endswith(READ_AS_A_MATRIX)
+        and (kind == "int8" or module.in_features % INT4_GROUPS[-1] == 0)
+    ]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias whose weights are small integers. Inputs and outputs stay floats.
+
+    This is the equation: dequantize, then multiply.
+
+        int8    W[n, k] = q[n, k] * scale[n]                                       q from -127 to 127
+        int4    W[n, k] = (q[n, k] - 8) * scale[k // g, n] + offset[k // g, n]     q from 0 to 15
+
+    int8 has a scale for each output. int4 has a scale and an offset for each group of g inputs of each output. They
+    are chosen so that a row's largest weight, or a group's least and largest, are met. Each weight goes to the
+    nearest value (round to nearest: the baseline in LLM.int8(), arXiv 2208.07339, and GPTQ, 2210.17323).
+
+    weight: int8 (out, in); for int4 uint8 (out, in / 2), two inputs a byte, the first in its high half.
+    scales: (out,), for int4 (in / g, out, 2), scale and offset, in the dtype of the layer's input and output.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1] * (1 if self.weight.dtype == torch.int8 else 2)
+
+    @property
+    def group(self) -> int:
+        """How many inputs share a scale."""
+        return self.in_features if self.scales.dim() == 1 else self.in_features // len(self.scales)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], kind: str, dtype: torch.dtype | None = None) -> QuantizedLinear:
+        """For a weight (out, in), without values, on torch's default device."""
+        rows, width = shape
+        if kind == "int8":
+            return cls(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=dtype))
+        groups = width // next(g for g in INT4_GROUPS if width % g == 0)
+        return cls(torch.empty(rows, width // 2, dtype=torch.uint8), torch.empty(groups, rows, 2, dtype=dtype))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, kind: str, dtype: torch.dtype) -> QuantizedLinear:
+        """Quantize a weight (out, in) of any float dtype; int4 needs a multiple of 64 inputs."""
+        with weight.device:
+            layer = cls.empty(tuple(weight.shape), kind, dtype)
+        scales = layer.scales if kind == "int8" else layer.scales.transpose(0, 1)  # (out, ...)
+        step = max(1, 2**20 // weight.shape[1])  # so few rows at a time stay in a CPU's cache
+        for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+            layer.weight[rows], scales[rows] = cls.rounded(weight[rows].detach().float(), kind, dtype)
+        return layer
+
+    @staticmethod
+    def rounded(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A float32 weight (out, in) -> what `weight` holds of it, and scales (out,) or (out, in / g, 2).
+
+        The scales are rounded to `dtype` first, so the integers make up for their rounding.
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        if kind == "int8":
+            scales = (weight.abs().amax(dim=1) / 127).to(dtype)
+            q = (weight / scales.float().clamp(min=tiny)[:, None]).round_().clamp_(-127, 127)
+            return q.to(torch.int8), scales
+        weight = weight.unflatten(1, (-1, next(g for g in INT4_GROUPS if weight.shape[1] % g == 0)))  # (out, groups, g)
+        least, largest = weight.amin(dim=2), weight.amax(dim=2)  # aminmax, both in one, takes ten times as long
+        scale = ((largest - least) / 15).to(dtype)
+        offset = (least + 8 * scale.float()).to(dtype)  # the value of q = 8
+        q = (weight - offset.float()[..., None]).div_(scale.float().clamp(min=tiny)[..., None])
+        q = q.add_(8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)  # (out, in)
+        return q[:, 0::2] << 4 | q[:, 1::2], torch.stack((scale, offset), dim=-1)
+
+    @staticmethod
+    def halves(weight: Tensor) -> Tensor:
+        """int4's (out, in / 2), two inputs a byte -> q (out, in), uint8 from 0 to 15."""
+        return torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1)
+
+    def dequantized(self) -> Tensor:
+        """W, (out, in), in the scales' dtype; computed in float32."""
+        scales = self.scales.float()
+        if self.weight.dtype == torch.int8:
+            return (self.weight.float() * scales[:, None]).to(self.scales.dtype)
+        q = self.halves(self.weight).float().unflatten(1, (-1, self.group))  # (out, groups, g)
+        scale, offset = scales.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1) both
+        return ((q - 8) * scale + offset).flatten(1).to(self.scales.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both in the scales' dtype."""
+        return F.linear(x, self.dequantized())
+
+
+class Workspace:
+    """One CPU buffer for converting weights to bfloat16, one after another.
+
+    Reusing it avoids page zeroing and fragmentation.
+    """
+
+    def __init__(self):
+        self.memory = torch.empty(0, dtype=torch.bfloat16, device="cpu")
+
+    def convert(self, weight: Tensor) -> Tensor:
+        """A weight in bfloat16, valid until the next call."""
+        if weight.numel() > len(self.memory):
+            self.memory = None  # freed before a larger one is there
+            self.memory = torch.empty(weight.numel(), dtype=torch.bfloat16, device="cpu")
+        return self.memory[: weight.numel()].view(weight.shape).copy_(weight)
+
+
+class PackedLinear(nn.Module):
+    """A bfloat16 linear layer on a CPU whose weight lies in the blocks that oneDNN's matmul reads.
+
+    Given a plain matrix, oneDNN cuts it into blocks at every call, which at one token a step costs as much as the
+    multiplication. Here that is done once, with the operators of torch's own compiler. The arithmetic is that of
+    nn.Linear. The plain weight is gone, so the layer can neither learn nor be saved.
+    """
+
+    def __init__(self, linear: nn.Linear, workspace: Workspace | None = None):
+        """
+        Args:
+            linear: of any float dtype; the packed layer is bfloat16.
+            workspace: where a weight of another dtype is converted.
+        """
+        super().__init__()
+        weight = linear.weight.detach()
+        if weight.dtype != torch.bfloat16:
+            weight = (workspace or Workspace()).convert(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # opaque
+        self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16, copy=True)
+
+    @staticmethod
+    def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
+        """Whether this is a linear layer in bfloat16 on a CPU that has packed kernels.
+
+        Args:
+            dtype: what the layer is to be converted to; by default its own.
+        """
+        if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.bfloat16:
+            return False
+        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both bfloat16."""
+        one = x.shape[:-1].numel() == 1  # as four equal rows it is faster: for one row, oneDNN uses no blocks
+        rows = x.reshape(1, -1).expand(4, -1).contiguous() if one else x
+        out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return out[:1].view(*x.shape[:-1], -1) if one else out
+
+
+class PackedQuantizedLinear(nn.Module):
+    """A quantized layer in the layout of torch's own kernels, which dequantize as they read.
+
+    For a few rows, as in a decode step, these are fast: they read half or a quarter of the bytes. For the many rows
+    of a prompt, dequantize + matmul is faster, and runs in pieces. (int4 is dequantized from the layout of CPUs with
+    512-bit vectors alone; elsewhere its kernel does any number of rows.)
+    """
+
+    # Above these row counts, dequantize + matmul is faster (Zen 4); for other dtypes, above one.
+    FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
+    # Bytes of dequantized weights at a time. From 32 MiB on, glibc maps memory anew for each, which is slow.
+    PIECE = 2**24
+
+    def __init__(self, layer: QuantizedLinear, check_layout: bool = True):
+        super().__init__()
+        self.in_features, self.group = layer.in_features, layer.group
+        self.bits = 8 if layer.weight.dtype == torch.int8 else 4
+        # Copies: the int8 kernel crashes on unaligned weights, and in a mapped file a tensor may begin anywhere.
+        self.scales = layer.scales.clone()
+        self.weight = layer.weight.clone() if self.bits == 8 else self.int4_layout(layer.weight)
+        on_cpu = self.weight.device.type == "cpu"
+        self.can_dequantize = self.bits == 8 or (on_cpu and (not check_layout or int4_layout_is_known()))
+
+    @staticmethod
+    def int4_layout(weight: Tensor) -> Tensor:
+        """The integers as the device's kernel wants them; opaque but for what `dequantized` knows."""
+        if weight.device.type == "cuda":
+            return torch.ops.aten._convert_weight_to_int4pack(weight, 8)
+        packed = torch.empty_like(weight)
+        for piece, place in zip(weight.split(256), packed.split(256)):  # as int32, 256 outputs fit a CPU's cache
+            place.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(QuantizedLinear.halves(piece).int(), 1))
+        return packed
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this is a quantized layer that a kernel of this machine can do."""
+        if not isinstance(module, QuantizedLinear):
+            return False
+        device = module.weight.device
+        if module.weight.dtype == torch.int8:
+            kind, fits = "int8", module.in_features % 32 == 0  # at other widths the kernel drops the rest, or worse
+        else:
+            least = 128 if device.type == "cuda" else 64
+            kind, fits = "int4", module.in_features % least == 0 and len(module.weight) % 64 == 0
+        return fits and kernel_agrees(kind, module.scales.dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both in the scales' dtype."""
+        rows = x.flatten(0, -2)
+        few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_dequantize
+        out = self.multiply(rows) if few else self.dequantize_and_multiply(rows)
+        return out.view(*x.shape[:-1], -1)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The kernels. (rows, in) -> (rows, out)."""
+        rows = rows.contiguous()
+        if self.bits == 8:
+            return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+        on_cpu = rows.device.type == "cpu"
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+        return kernel(rows, self.weight, self.group, self.scales)
+
+    def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
+        """A plain matmul for some outputs at a time, a multiple of 64. (rows, in) -> (rows, out)."""
+        outputs = self.scales.shape[0 if self.bits == 8 else 1]
+        pieces = -(-outputs * self.in_features * rows.element_size() // self.PIECE)
+        size = -(-outputs // (64 * pieces)) * 64
+        out = [rows @ self.dequantized(start, min(start + size, outputs)) for start in range(0, outputs, size)]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def dequantized(self, start: int, stop: int) -> Tensor:
+        """W of the outputs from `start` to `stop`, multiples of 64 for int4: (in, stop - start), transposed.
+
+        int4's layout on a CPU has blocks of 64 outputs. In a block each input has 32 bytes: the low halves are the
+        first 32 outputs, the high halves the others. As four bits of two's complement, q - 8 is q with its top bit
+        flipped.
+        """
+        if self.bits == 8:
+            return self.weight[start:stop].to(self.scales.dtype).mul_(self.scales[start:stop, None]).T
+        width, blocks = self.in_features, (stop - start) // 64
+        packed = self.weight.view(-1, width, 32)[start // 64 : stop // 64]
+        signed = (packed ^ 0x88).view(torch.int8)
+        wide = torch.empty(width, blocks, 64, dtype=self.scales.dtype, device=self.weight.device)
+        halves = wide.transpose(0, 1)
+        halves[..., :32] = signed << 4 >> 4
+        halves[..., 32:] = signed >> 4
+        wide = wide.view(width // self.group, self.group, blocks * 64)
+        scales = self.scales[:, None, start:stop]  # (groups, 1, out, 2)
+        scale, offset = (part.contiguous() for part in scales.unbind(-1))
+        return torch.addcmul(offset, wide, scale, out=wide).view(width, -1)
+
+
+def small_example(kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
+    weight = torch.linspace(-1, 1, 128 * 256, device=device).sin().view(128, 256)
+    return QuantizedLinear.from_weight(weight, kind, dtype)
+
+
+@lru_cache
+def kernel_agrees(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this device has a kernel, and it gives the equation's results for a small layer."""
+    plain = small_example(kind, dtype, device)
+    x = torch.linspace(-3, 3, 4 * 256, device=device).cos().view(4, 256).to(dtype)
+    expected = plain(x).float()
+    try:
+        packed = PackedQuantizedLinear(plain)
+        results = packed.multiply(x).float(), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:]))).float()
+    except (RuntimeError, AttributeError):  # not for this device or dtype; not in this version of torch
+        return False
+    return all(bool((out - expected).norm() < 0.02 * expected.norm()) for out in results)
+
+
+@lru_cache
+def int4_layout_is_known() -> bool:
+    """Whether this CPU's kernel uses the layout that `dequantized` reads: it depends on the width of its vectors."""
+    plain = small_example("int4", torch.float32, torch.device("cpu"))
+    packed = PackedQuantizedLinear(plain, check_layout=False)
+    return torch.allclose(packed.dequantized(64, 128).T, plain.dequantized()[64:], atol=1e-6)
+
+
+def packed(
+    name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Workspace | None = None
+) -> nn.Module:
+    """The layer's packed form, where this machine has one; otherwise the layer.
+
+    Args:
+        dtype: what the layer is to be converted to; by default its own.
+        workspace: see `PackedLinear`.
+    """
+    if name.endswith(READ_AS_A_MATRIX):
+        return layer
+    if PackedLinear.suits(layer, dtype):
+        return PackedLinear(layer, workspace)
+    return PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Repack weights for fast inference, in place; irreversible. Returns the model.
+
+    Linear layers become `PackedLinear` (bfloat16 on a CPU) or `PackedQuantizedLinear` (int8 and int4), which can
+    neither learn nor be saved. Layers that no kernel of this machine can do stay as they are.
+    """
+    for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
+        replace_module(model, name, packed(name, model.get_submodule(name)))
+    return model
+
+
+# ---------------------------------------------------------------------------- loading
 
 
 def load_model(
@@ -678,102 +929,108 @@ def load_model(
 ) -> DeepseekVL:
     """A checkpoint folder's model, in eval mode.
 
-    The model is built without memory, and each tensor is put in place as it is read: converted
-    and moved alone (or when it is packed), and where dtype and device are those of the file, not
-    copied at all (but for what is packed, and for transformers' q, k and v, which are stacked):
-    then the file must stay as it is for as long as the model lives.
+    The model is built without memory. Each module then gets its tensors, converted, quantized or packed. A tensor that
+    has the wanted dtype and device already is not copied (but for what is packed, and for transformers' q, k and v,
+    which are stacked): the file must then stay unchanged for as long as the model lives.
 
     Args:
         dtype: of all weights; by default as stored (for files that mix: as the embedding).
-        quantize: "int8" or "int4": the layers that `layers_to_quantize` names are rounded as they are read, so
-            that no more than one of them is there in 16 bits. A file that was saved so is loaded as it is.
-        pack: as `DeepseekVL.pack`, in less time and memory: each part of the model is packed as soon as all its tensors
-            have been read, layers in 16 bits straight from the file's memory. The head, which is the largest layer
-            and for a moment there twice, comes first. Quantized layers that are not packed are widened at every
-            step, which is slow.
+        quantize: "int8" or "int4": quantize the layers that `layers_to_quantize` names as they are read, so no
+            more than one of them is there in 16 bits. Files that hold quantized layers need no such option.
+        pack: as `pack` does, in less time and memory. Quantized layers that are not packed are dequantized at
+            every step, which is slow.
         tokenizer: see `read_config`.
-        progress: called after each tensor with the share of them that has been read, up to 1.
+        progress: called after each module with the share of tensors that have been read, up to 1.
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
     layout, config = read_layout_and_config(folder, tokenizer)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZATIONS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)
     head = checkpoint_names("lm_head.weight", layout.names)[0]
     if head in files:  # a head that is in the file is its own tensor, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
+    tied = config.language.tie_word_embeddings
     try:
         with torch.device("meta"):
             model = DeepseekVL(config)
     except (RuntimeError, TypeError) as error:  # without memory, all that can fail is counting the bytes
         raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory") from error
-    stored = prepare_quantized(model, layout, files)
+    stored = expect_stored_quantization(model, layout, files)
     if stored and quantize not in (None, stored):
         raise ValueError(f"{folder}: holds {stored} weights, which cannot become {quantize}")
-    rounded = set() if stored or quantize is None else set(layers_to_quantize(model, quantize))
+    chosen = set() if stored or quantize is None else set(layers_to_quantize(model, quantize))
     expected = expected_tensors(model, layout, set(files))
-    if config.language.tie_word_embeddings:
+    if tied:
         del expected[head]
-    check_names(expected, files, layout, folder)
-    count = len({target.parameter for target in expected.values()})
-    dtype = stored_dtype(expected, files) if dtype is None else dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
-    part, workspace = "", Workspace()
-    for i, (name, tensor) in enumerate(read_parameters(model, expected, files), start=1):
-        module_name, _, tensor_name = name.rpartition(".")
-        if pack and part != part_of(name):
-            pack_part(model, part, dtype, workspace)
-        part, module = part_of(name), model.get_submodule(module_name)
-        if module_name in rounded:
-            parent_name, _, layer_name = module_name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            setattr(parent, layer_name, QuantizedLinear.from_weight(tensor.to(device), quantize, dtype))
-        elif isinstance(module, QuantizedLinear):
-            setattr(module, tensor_name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
-        else:  # on a CPU, pack_part converts all of its part
-            later = pack and part != "language" and torch.device(device).type == "cpu"
-            setattr(module, tensor_name, nn.Parameter(tensor.to(device=device, dtype=None if later else dtype)))
+    check_tensors(expected, files, layout, folder)
+    if dtype is None:
+        embedding = checkpoint_names("language.embed_tokens.weight", layout.names)[0]
+        dtype = files[embedding].read(embedding).dtype
+
+    modules, workspace, done = by_module(expected), Workspace(), 0
+    for name, parameters in modules.items():
+        module, tensors = model.get_submodule(name), {}
+        for parameter, theirs in parameters.items():
+            parts = [files[their_name].read(their_name) for their_name in theirs]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            tensors[parameter] = tensor.reshape(getattr(module, parameter).shape)
+        # A layer that a CPU packs is converted as it is packed, in the workspace.
+        later = pack and isinstance(module, nn.Linear) and torch.device(device).type == "cpu"
+        layer = module
+        if name in chosen:
+            layer = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
+        else:
+            place(module, tensors, device, None if later else dtype)
+        if pack:
+            layer = packed(name, layer, dtype, workspace)
+        if layer is not module:
+            replace_module(model, name, layer)
+        elif later:
+            module.to(dtype)
+        if name == "lm_head":
+            workspace = Workspace()  # a buffer of the head's size is not kept
+        done += sum(map(len, parameters.values()))
         if progress is not None:
-            progress(i / count)
-    if config.language.tie_word_embeddings:
+            progress(done / len(expected))
+    if tied:
         model.lm_head.weight = model.language.embed_tokens.weight
-    if pack:
-        pack_part(model, part, dtype, workspace)  # the last one
-        model.pack()  # a head that is the embedding
+        if pack:
+            model.lm_head = packed("lm_head", model.lm_head)
     return model.eval()
 
 
-def part_of(name: str) -> str:
-    """What a parameter is packed with: a decoder layer, "vision", "aligner", "lm_head", or the rest, "language"."""
-    return ".".join(name.split(".")[: 3 if name.startswith("language.layers.") else 1])
+def by_module(expected: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
+    """Module -> its parameters -> their names in the files, in the order to load them.
 
-
-def pack_part(model: DeepseekVL, part: str, dtype: torch.dtype, workspace: Workspace) -> None:
-    """Pack one part of the model, all of whose tensors have been read, and convert its other parameters to `dtype`.
-
-    Around the layers, part "language", there is nothing to pack: that is converted as it is read.
+    The head comes first: it is the largest layer, and while it is packed it is there twice.
     """
-    if part in ("", "language"):
-        return
-    holder = nn.ModuleDict({"part": model.get_submodule(part)})  # the head is itself a layer to replace
-    pack_linears(holder, dtype, Workspace() if part == "lm_head" else workspace)  # so large a one is not kept
-    holder.to(dtype)
-    parent_name, _, name = part.rpartition(".")
-    setattr(model.get_submodule(parent_name), name, holder["part"])
+    modules: dict[str, dict[str, list[str]]] = {}
+    for theirs, target in expected.items():
+        module, _, parameter = target.parameter.rpartition(".")
+        modules.setdefault(module, {}).setdefault(parameter, []).append(theirs)
+    return dict(sorted(modules.items(), key=lambda item: item[0] != "lm_head"))
 
 
-def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
-    """Where the files hold a layer's scales, make room for it to be quantized. Returns "int4", "int8" or None.
+def place(module: nn.Module, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Make tensors the module's parameters and buffers; floats take the dtype, None leaves them as stored."""
+    for name, tensor in tensors.items():
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        setattr(module, name, tensor if isinstance(module, QuantizedLinear) else nn.Parameter(tensor))
 
-    Raises: ValueError for weights beside scales that are not integers of the expected dtypes, for int4 of a width that
-        fits no group, and for int8 and int4 in one folder.
+
+def expect_stored_quantization(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
+    """Where the files hold a layer's scales, put a QuantizedLinear into the model. Returns "int4", "int8" or None.
+
+    Raises: ValueError for weights beside scales that are neither int8 nor uint8, for int4 of a width that fits no
+        group, and for int8 and int4 in one folder.
     """
     kinds = set()
-    for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or not name.startswith(("language.layers.", "lm_head")):
-            continue
+    for name in layers_to_quantize(model, "int8"):
+        linear = model.get_submodule(name)
         weight, scales = (checkpoint_names(f"{name}.{part}", layout.names)[0] for part in ("weight", "scales"))
         if scales not in files or weight not in files:
             continue
@@ -784,46 +1041,15 @@ def prepare_quantized(model: DeepseekVL, layout: Layout, files: dict[str, Weight
         if kind == "int4" and linear.in_features % INT4_GROUPS[-1]:
             raise ValueError(f"{files[weight].path}: tensor {weight} is int4, its width fits no group of {INT4_GROUPS}")
         kinds.add(kind)
-        parent_name, _, layer_name = name.rpartition(".")
         with torch.device("meta"):
-            layer = QuantizedLinear.empty((linear.out_features, linear.in_features), kind)
-        setattr(model.get_submodule(parent_name), layer_name, layer)
+            replace_module(model, name, QuantizedLinear.empty((linear.out_features, linear.in_features), kind))
     if len(kinds) > 1:
         folder = next(iter(files.values())).path.parent
         raise ValueError(f"{folder}: holds both int8 and int4 layers, expected one kind")
     return min(kinds, default=None)
 
 
-def stored_dtype(expected: dict[str, Target], files: dict[str, WeightFile]) -> torch.dtype:
-    """The embedding's."""
-    name = next(name for name, target in expected.items() if target.parameter == "language.embed_tokens.weight")
-    dtype = files[name].read(name).dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"{files[name].path}: tensor {name} holds {dtype}, expected one of {FLOATS}")
-    return dtype
-
-
-def read_parameters(
-    model: DeepseekVL, expected: dict[str, Target], files: dict[str, WeightFile]
-) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's name and value as stored, one at a time, its parts joined."""
-    sources: dict[str, list[str]] = {}
-    # The head first: it is the largest, and while it is packed it is there twice. The parts of one parameter follow
-    # each other.
-    for name, target in sorted(expected.items(), key=lambda item: not item[1].parameter.startswith("lm_head.")):
-        sources.setdefault(target.parameter, []).append(name)
-    meta = model.state_dict()
-    for parameter, names in sources.items():
-        parts = [files[name].read(name) for name in names]
-        integer = None if meta[parameter].is_floating_point() else meta[parameter].dtype
-        for name, part in zip(names, parts):
-            if part.dtype not in ((integer,) if integer else FLOATS):
-                wanted = integer or f"one of {FLOATS}"
-                raise ValueError(f"{files[name].path}: tensor {name} holds {part.dtype}, expected {wanted}")
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if parameter.endswith("pos_embed") and tensor.dim() == 2:
-            tensor = tensor[None]
-        yield parameter, tensor
+# ---------------------------------------------------------------------------- saving
 
 
 def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -836,7 +1062,7 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         dtype: to write in; by default as the weights are.
     Raises: ValueError where the folder's config describes another model, and for a packed model.
     """
-    if any(isinstance(module, PACKED) for module in model.modules()):
+    if any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
     folder = Path(path)
     layout, config = read_layout_and_config(folder)

@@ -7,6 +7,7 @@ In the order the data meets it:
 3. `load_tokenizer`: byte-level byte-pair encoding by hand; SentencePiece where a checkpoint ships that.
 4. Prompts: a conversation becomes pieces of text, each either learnt in training or not.
 5. `Processor`: all of it together, for a batch of conversations padded on the left.
+6. `parse_boxes`, `draw_boxes`: what an answer of DeepSeek-VL2 locates.
 
 Shape letters: B batch (conversations), T tokens of the longest prompt; sides in pixels are spelled out.
 Sources: DeepSeek-VL (arXiv 2403.05525), DeepSeek-VL2 (arXiv 2412.10302) and their released code;
@@ -32,10 +33,11 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 
@@ -90,7 +92,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     MAX_IMAGE_PIXELS is refused from its header, before memory is spent on decoding it.
     """
     if isinstance(source, Image.Image):
-        return decode_image(source, "image")
+        return upright_rgb(source, "image")
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"an image must be a path, an address or a PIL image, not a {type(source).__name__}")
     name = os.fspath(source)
@@ -115,10 +117,10 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
         except Exception as error:  # decoders raise whatever a broken header makes them trip over
             raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
         with image:
-            return decode_image(image, name)
+            return upright_rgb(image, name)
 
 
-def decode_image(image: Image.Image, name: str) -> Image.Image:
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """Checks an opened image's size, then decodes it and makes it upright RGB; `name` is for errors."""
     width, height = image.size
     if width * height == 0:
@@ -233,8 +235,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class View:
-    """How a picture becomes one (3, side, side) input of a vision tower.
+class PixelSettings:
+    """How a picture becomes one (3, side, side) input of a vision tower, as a checkpoint's files say.
 
     `side` and `min_size` (the least that the shorter side is resized to, before padding) are in
     pixels, `mean` and `std` per channel of values in [0, 1], `resample` is one of PIL's filters.
@@ -254,31 +256,50 @@ class View:
         return tuple(int(value * 255) for value in self.mean)
 
 
-def letterbox(image: Image.Image, size: Sequence[int], view: View) -> Image.Image:
+HALF = (0.5, 0.5, 0.5)
+# What the released checkpoints' files say of pixels. DeepSeek-VL2 has one tile of 384 for the whole picture, and the
+# candidate of CANDIDATE_RESOLUTIONS that suits it best, in tiles; the 7B's model normalizes for each of its towers.
+PIXELS = {
+    "deepseek-vl-1.3b": PixelSettings(side=384, mean=HALF, std=HALF),
+    "deepseek-vl-7b": PixelSettings(side=1024, normalize=False),
+    "deepseek-vl2": PixelSettings(side=384, mean=HALF, std=HALF),  # and -tiny, -small
+}
+IMAGE_TOKENS = 576  # of a picture in DeepSeek-VL: a grid of 24 x 24
+CANDIDATE_RESOLUTIONS = tuple(
+    (384 * wide, 384 * high)
+    for wide, high in (
+        (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2),
+        (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),
+    )
+)  # fmt: skip
+
+
+def letterbox(image: Image.Image, size: Sequence[int], settings: PixelSettings) -> Image.Image:
     """Resizes to `size` (width, height) and centres the result on a square of its longer side."""
     side = max(size)
-    square = Image.new("RGB", (side, side), view.background)
-    square.paste(image.resize(tuple(size), view.resample), ((side - size[0]) // 2, (side - size[1]) // 2))
+    square = Image.new("RGB", (side, side), settings.background)
+    square.paste(image.resize(tuple(size), settings.resample), ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
 
 
-def official_square(image: Image.Image, view: View) -> Image.Image:
-    """The longest side becomes view.side, as DeepSeek's own processor computes it."""
+def official_square(image: Image.Image, settings: PixelSettings) -> Image.Image:
+    """The longest side becomes settings.side, as DeepSeek's own processor computes it."""
     longest = max(image.size)
-    return letterbox(image, [max(int(side / longest * view.side), view.min_size) for side in image.size], view)
+    size = [max(int(side / longest * settings.side), settings.min_size) for side in image.size]
+    return letterbox(image, size, settings)
 
 
-def transformers_square(image: Image.Image, view: View) -> Image.Image:
+def transformers_square(image: Image.Image, settings: PixelSettings) -> Image.Image:
     """The same as transformers computes it: rounded to nearest, where the official one rounds down."""
-    scale = view.side / max(image.size)
-    return letterbox(image, [max(round(side * scale), view.min_size) for side in image.size], view)
+    scale = settings.side / max(image.size)
+    return letterbox(image, [max(round(side * scale), settings.min_size) for side in image.size], settings)
 
 
-def to_tensor(image: Image.Image, view: View) -> Tensor:
-    """RGB picture (H, W) to float32 (3, H, W): in [0, 1], or minus mean over std where the view normalizes."""
-    pixels = (np.asarray(image, dtype=np.float64) * view.rescale_factor).astype(np.float32)  # (H, W, 3)
-    if view.normalize:
-        pixels = (pixels - np.float32(view.mean)) / np.float32(view.std)
+def to_tensor(image: Image.Image, settings: PixelSettings) -> Tensor:
+    """RGB picture (H, W) to float32 (3, H, W): in [0, 1], or minus mean over std where the settings say so."""
+    pixels = (np.asarray(image, dtype=np.float64) * settings.rescale_factor).astype(np.float32)  # (H, W, 3)
+    if settings.normalize:
+        pixels = (pixels - np.float32(settings.mean)) / np.float32(settings.std)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -297,21 +318,21 @@ def best_resolution(size: tuple[int, int], candidates: Sequence[Sequence[int]]) 
     return tuple(max(candidates, key=kept_and_waste))
 
 
-def cut_tiles(image: Image.Image, resolution: tuple[int, int], view: View) -> list[Image.Image]:
+def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSettings) -> list[Image.Image]:
     """The whole picture as one square tile, then the picture at `resolution` as tiles row by row.
 
     Returns 1 + tiles_high * tiles_wide pictures. Raises ValueError for a picture so thin that
     fitting it to a tile leaves less than half a pixel.
     """
     longest, shortest = max(image.size), min(image.size)
-    if round(shortest / longest * view.side) == 0:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels is too thin for tiles of {view.side}")
-    fit = [ImageOps.pad(image, size, view.resample, view.background) for size in ((view.side, view.side), resolution)]
-    return [fit[0]] + [
-        fit[1].crop((left, top, left + view.side, top + view.side))
-        for top in range(0, resolution[1], view.side)
-        for left in range(0, resolution[0], view.side)
-    ]
+    if round(shortest / longest * settings.side) == 0:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is too thin for tiles of {settings.side}")
+    side = settings.side
+    whole, local = (
+        ImageOps.pad(image, size, settings.resample, settings.background) for size in ((side, side), resolution)
+    )
+    corners = ((left, top) for top in range(0, resolution[1], side) for left in range(0, resolution[0], side))
+    return [whole, *(local.crop((left, top, left + side, top + side)) for left, top in corners)]
 
 
 # ----------------------------------------------------------------------------------------- 3. Tokenizer
@@ -728,7 +749,8 @@ def vl2_pieces(system: str, messages: list[tuple[str, str]], end: str) -> list[P
 
 IGNORED = -100  # the label that cross_entropy skips
 VL2_SPECIAL_TOKENS = (
-    "<｜▁pad▁｜>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>", "<|User|>", "<|Assistant|>",
+    "<｜▁pad▁｜>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>", "<|User|>",
+    "<|Assistant|>",
 )  # fmt: skip
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
 
@@ -749,10 +771,10 @@ def read_settings(folder: Path) -> dict:
     return settings
 
 
-def read_view(settings: dict, size_key: str, default_size: int | None = None, prefix: str = "") -> View:
-    """A View from a checkpoint's settings; raises ValueError naming the key that is not as expected."""
+def read_pixels(settings: dict, size_key: str, default_size: int | None = None, prefix: str = "") -> PixelSettings:
+    """PixelSettings from a checkpoint's settings; raises ValueError naming the key that is not as expected."""
     size = settings.get(size_key, default_size)
-    view = View(
+    pixels = PixelSettings(
         side=size["height"] if isinstance(size, dict) and size["height"] == size["width"] else size,
         mean=tuple(settings.get(f"{prefix}image_mean", CLIP_MEAN)),
         std=tuple(settings.get(f"{prefix}image_std", CLIP_STD)),
@@ -766,18 +788,18 @@ def read_view(settings: dict, size_key: str, default_size: int | None = None, pr
         return type(value) in (int, float) and 0 <= value <= 1000
 
     expected = {
-        size_key: type(view.side) is int and 0 < view.side <= MAX_IMAGE_SIDE // 4,
-        f"{prefix}image_mean": len(view.mean) == 3 and all(small(mean) and mean <= 1 for mean in view.mean),
-        f"{prefix}image_std": len(view.std) == 3 and all(small(std) and std > 0 for std in view.std),
-        "do_normalize": type(view.normalize) is bool,
-        "min_size": type(view.min_size) is int and type(view.side) is int and 0 < view.min_size <= view.side,
-        f"{prefix}resample": view.resample in range(6),
-        "rescale_factor": small(view.rescale_factor),
+        size_key: type(pixels.side) is int and 0 < pixels.side <= MAX_IMAGE_SIDE // 4,
+        f"{prefix}image_mean": len(pixels.mean) == 3 and all(small(mean) and mean <= 1 for mean in pixels.mean),
+        f"{prefix}image_std": len(pixels.std) == 3 and all(small(std) and std > 0 for std in pixels.std),
+        "do_normalize": type(pixels.normalize) is bool,
+        "min_size": type(pixels.min_size) is int and type(pixels.side) is int and 0 < pixels.min_size <= pixels.side,
+        f"{prefix}resample": pixels.resample in range(6),
+        "rescale_factor": small(pixels.rescale_factor),
     } | {key: settings.get(key, True) is True for key in ("do_resize", "do_rescale", "do_pad")}
     for key, fine in expected.items():
         if not fine:
             raise ValueError(f"{key} = {settings.get(key)!r} in the image processor's settings is not supported")
-    return view
+    return pixels
 
 
 class Processor:
@@ -839,14 +861,18 @@ class Processor:
                 if not pair or any(not 0 < length <= MAX_IMAGE_SIDE or length % side for length in size):
                     raise ValueError(f"candidate_resolutions: {size!r}, expected a width and height in tiles of {side}")
             half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": settings.get("normalize", True)}
-            self.view = read_view({**half, **settings, "tile": side}, "tile")
+            self.pixels = read_pixels({**half, **settings, "tile": side}, "tile")
             self.tile_tokens = math.ceil(side // settings["patch_size"] / settings["downsample_ratio"])
             return
         official = self.model_type == "multi_modality"
-        self.view = read_view(settings, "image_size") if official else read_view(settings, "size", 384)
+        vision = config.get("vision_config") or {}
+        if official and vision.get("cls") == "HybridVisionTower":  # the model normalizes, for each of its towers
+            if settings.setdefault("do_normalize", False) is not False:
+                raise ValueError("do_normalize must be false: this model normalizes its pixels itself")
+        self.pixels = read_pixels(settings, "image_size") if official else read_pixels(settings, "size", 384)
         if self.model_type == "deepseek_vl_hybrid":
-            self.high_res_view = read_view(settings, "high_res_size", 1024, prefix="high_res_")
-        self.num_image_tokens = settings.get("num_image_tokens", 576)
+            self.high_res_pixels = read_pixels(settings, "high_res_size", 1024, prefix="high_res_")
+        self.num_image_tokens = settings.get("num_image_tokens", IMAGE_TOKENS)
         if type(self.num_image_tokens) is not int or self.num_image_tokens < 1:
             raise ValueError(f"num_image_tokens = {self.num_image_tokens!r}, expected a positive integer")
 
@@ -857,22 +883,23 @@ class Processor:
         DeepSeek-VL2 pixel_values is (1 + tiles, 3, side, side), the whole picture first, and
         images_spatial_crop int64 (1, 2) says how many tiles wide and high; `tiled` False takes one.
         """
-        view = self.view
+        settings = self.pixels
         if self.is_vl2:
-            resolution = best_resolution(image.size, self.candidate_resolutions) if tiled else (view.side, view.side)
-            pixels = torch.stack([to_tensor(tile, view) for tile in cut_tiles(image, resolution, view)])
-            wide, high = resolution[0] // view.side, resolution[1] // view.side
+            side = settings.side
+            resolution = best_resolution(image.size, self.candidate_resolutions) if tiled else (side, side)
+            pixels = torch.stack([to_tensor(tile, settings) for tile in cut_tiles(image, resolution, settings)])
+            wide, high = resolution[0] // side, resolution[1] // side
             h = self.tile_tokens  # the grid of one tile is h x h; every row of a grid ends with a newline token
             n_tokens = h * (h + 1) + 1 + high * h * (wide * h + 1)  # whole picture, separator, tiles as one grid
             return {"pixel_values": pixels, "images_spatial_crop": torch.tensor([[wide, high]])}, n_tokens
         if self.model_type == "multi_modality":
-            square = official_square(image, view)
-            return {"pixel_values": to_tensor(square, view)[None]}, self.num_image_tokens
+            square = official_square(image, settings)
+            return {"pixel_values": to_tensor(square, settings)[None]}, self.num_image_tokens
         inputs = {}
         if self.model_type == "deepseek_vl_hybrid":
-            image = transformers_square(image, self.high_res_view)  # SigLIP's input is made from SAM's, in 8 bits
-            inputs["high_res_pixel_values"] = to_tensor(image, self.high_res_view)[None]
-        inputs["pixel_values"] = to_tensor(transformers_square(image, view), view)[None]
+            image = transformers_square(image, self.high_res_pixels)  # SigLIP's input is made from SAM's, in 8 bits
+            inputs["high_res_pixel_values"] = to_tensor(image, self.high_res_pixels)[None]
+        inputs["pixel_values"] = to_tensor(transformers_square(image, settings), settings)[None]
         return inputs, self.num_image_tokens
 
     def prompt(self, conversation: Sequence[dict], system: str | None = None) -> str:
@@ -994,3 +1021,108 @@ class Processor:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens)
+
+
+# ------------------------------------------------------------------------------------------- 6. Boxes
+
+# DeepSeek-VL2 answers where something is with <|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], ...]<|/det|>,
+# in thousandths of the image's width and height, 0 to 999. The tags are special tokens.
+GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+COORDINATES = 999
+
+
+class Box(NamedTuple):
+    """Something that an answer located, in pixels: 0 <= left < right <= width, 0 <= top < bottom <= height."""
+
+    label: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
+    """The boxes in an answer, tolerating malformed ones.
+
+    Inside <|det|>, every innermost bracket of exactly four numbers is a box, if it is closed: where an
+    answer was cut off, so may its last number be. Corners may be swapped, and what reaches beyond the
+    image is cut at its edge. Anything else is passed over: other counts, other text, boxes without an
+    area. Nothing is evaluated.
+
+    Args:
+        text: decoded with its special tokens; image_size: width and height in pixels.
+    Raises: ValueError for an image size that is not positive.
+    """
+    width, height = image_size
+    if width < 1 or height < 1:
+        raise ValueError(f"image_size is {image_size}, expected a positive width and height")
+    boxes, label, tag = [], "", None
+    for part in re.split(r"(<\|/?(?:ref|det)\|>)", text):
+        if re.fullmatch(r"<\|/?(?:ref|det)\|>", part):
+            tag = part
+        elif tag == "<|ref|>":
+            label = part.strip()
+        elif tag == "<|det|>":
+            for bracket in re.findall(r"\[([^\[\]]*)\]", part):
+                box = to_pixels(bracket, width, height)
+                if box is not None:
+                    boxes.append(Box(label, *box))
+    return boxes
+
+
+def to_pixels(bracket: str, width: int, height: int) -> tuple[int, int, int, int] | None:
+    """Four numbers of a bracket as left, top, right, bottom in pixels; None where they are no box."""
+    numbers = bracket.split(",")
+    if len(numbers) != 4 or not all(re.fullmatch(r"\s*[-+]?\d{1,12}(\.\d{0,12})?\s*", n, re.ASCII) for n in numbers):
+        return None
+    x1, y1, x2, y2 = (min(max(float(n), 0), COORDINATES) / COORDINATES for n in numbers)
+    left, right = sorted((int(x1 * width), int(x2 * width)))
+    top, bottom = sorted((int(y1 * height), int(y2 * height)))
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")  # dark enough for white text
+
+
+def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
+    """A copy of the image with each box outlined and its label beside it, inside the image.
+
+    A label goes above its box, else below, else into it; where another label is, it moves down, or up.
+    """
+    image = image.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    size = max(12, min(image.size) // 32)
+    line = max(2, size // 6)
+    taken: list[tuple[int, int, int, int]] = []
+    for i, box in enumerate(boxes):
+        colour = BOX_COLOURS[i % len(BOX_COLOURS)]
+        corners = (box.left, box.top, max(box.right - 1, box.left), max(box.bottom - 1, box.top))
+        draw.rectangle(corners, outline=colour, width=line)
+    font = ImageFont.load_default(size)
+    for i, box in enumerate(boxes):
+        text = fit_label(box.label, font, image.width - size) or f"{i + 1}"
+        wide, high = (int(side) + size // 2 for side in font.getbbox(text, anchor="lt")[2:])
+        left = max(0, min(box.left, image.width - wide))
+        places = [box.top - high, box.bottom, *range(box.top, image.height, high), *range(box.top, -1, -high)]
+        places = [top for top in places if 0 <= top <= image.height - high] or [0]
+        free = [top for top in places if not any(overlap((left, top, left + wide, top + high), t) for t in taken)]
+        place = (left, (free or places)[0], left + wide, (free or places)[0] + high)
+        taken.append(place)
+        draw.rectangle(place, fill=BOX_COLOURS[i % len(BOX_COLOURS)])
+        draw.text((place[0] + size // 4, place[1] + size // 4), text, fill="white", font=font, anchor="lt")
+    return image
+
+
+def overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def fit_label(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """One line of printable text, cut to `width` pixels; empty where the font lacks one of its characters."""
+    label = " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+    missing = bytes(font.getmask("\uffff"))
+    if any(bytes(font.getmask(c)) == missing for c in set(label) if c != " "):
+        return ""
+    while font.getlength(label) > width and len(label) > 1:
+        label = label[:-2] + "…"
+    return label

@@ -1,4 +1,4 @@
-"""The eyes of DeepSeek-VL: from pixels to image tokens of the language model's width.
+"""The vision towers and aligners of DeepSeek-VL: from pixels to image tokens of the language model's width.
 
 Read top to bottom, each part is met just before it is used:
 
@@ -47,7 +47,7 @@ class SigLIPConfig:
     layers: int = 24
     heads: int = 16
     mlp_width: int = 4096
-    gelu: str = "none"  # torch's name for the form of GELU: "none" is exact, "tanh" the approximation
+    gelu: str = "exact"  # or "tanh", its approximation (DeepSeek-VL2)
 
     @property
     def grid(self) -> int:
@@ -79,39 +79,58 @@ class SAMConfig:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale + bias) v, written out; the scale is 1 / sqrt(d) unless given.
-
-    This form serves where the weights are wanted. Otherwise the models call `scaled_dot_product_attention` for the
-    same result without holding all weights at once, or where that is faster `attention_some_heads_at_a_time`,
-    `attention_with_positions` (SAM) and model.py's `one_token_attention`; the tests check that they agree.
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, written out. `fast_attention` computes the same.
 
     Args:
-        q: (B, H, queries, d); k: (B, H, keys, d); v: (B, H, keys, any), of one float dtype.
-        bias: broadcastable to (B, H, queries, keys); minus infinity hides a key.
-    Returns: the result (B, H, queries, any) and the weights (B, H, queries, keys).
+        q: (B, H, T, d); k: (B, G, S, d); v: (B, G, S, any), of one float dtype. H / G query heads share a
+            key/value head (GQA, arXiv 2305.13245).
+        bias: broadcastable to (B, H, T, S), of the same dtype; minus infinity hides a key from a query.
+        causal: in place of a bias: the queries are the last T of S tokens, and none sees a later one.
+        scale: 1 / sqrt(d) by default.
+    Returns: (B, H, T, any).
     """
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return weights @ v, weights
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # (B, H, T, S)
+    if causal:
+        bias = causal_bias(*scores.shape[-2:]).to(q)
+    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
-SCORES_AT_A_TIME = 2**21  # 4 MiB in bfloat16, which stay in a CPU's caches
+def causal_bias(T: int, S: int) -> Tensor:
+    """(T, S): 0 where one of the last T tokens sees one of S, itself and all before it; elsewhere minus infinity."""
+    return torch.full((T, S), -torch.inf).triu(S - T + 1)
 
 
-def attention_some_heads_at_a_time(q: Tensor, k: Tensor, v: Tensor, limit: int = SCORES_AT_A_TIME) -> Tensor:
-    """softmax(q k^T) v, as many of all B * H heads at a time as keep their scores within `limit`, but at least one.
+SCORES_AT_ONCE = 2**20  # 2 MiB in bfloat16, for each of a few temporaries that stay in a CPU's caches
 
-    Rounded down to a power of two, so that cores get as many. The scale is in the queries. Shapes as in `attention`.
+
+def fast_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """`attention` without all of its weights in memory. Here the bias is the same for all heads.
+
+    Torch's fused kernel, except where a CPU has a faster way (measured on a Zen 4):
+        one query               in float32, a few heads at a time: fused takes three times as long in bfloat16
+        bfloat16, not causal    a few heads at a time: two thirds of fused
+    Both keep all weights where a gradient is wanted, so inputs that learn take the fused kernel.
     """
-    heads = max(1, limit // (q.shape[2] * k.shape[2]))
-    heads = 2 ** (heads.bit_length() - 1)
-    parts = zip(*(t.contiguous().flatten(0, 1).split(heads) for t in (q, k, v)))
-    out = [(q @ k.transpose(1, 2)).softmax(dim=-1) @ v for q, k, v in parts]
-    return torch.cat(out).unflatten(0, q.shape[:2])
+    (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.device.type == "cpu" and not learns and (T == 1 or (q.dtype == torch.bfloat16 and not causal and H == G)):
+        dtype = torch.promote_types(q.dtype, torch.float32) if T == 1 else q.dtype
+        queries = q.reshape(B, G, H // G * T, -1)  # one query a head: those that share a key stand as its tokens
+        heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))
+        heads = G if torch.compiler.is_compiling() else 2 ** (heads.bit_length() - 1)  # equal shares for the cores
+        bias = None if bias is None else bias.to(dtype)
+        parts = zip(*(t.split(heads, dim=1) for t in (queries, k, v)))
+        out = [attention(*(t.to(dtype) for t in part), bias, scale=scale) for part in parts]
+        return torch.cat(out, dim=1).to(q.dtype).view(B, H, T, -1)
+    if causal and 1 < T < S:
+        bias = causal_bias(T, S).to(q)
+    fused = F.scaled_dot_product_attention
+    return fused(q, k, v, bias, is_causal=causal and 1 < T == S, scale=scale, enable_gqa=H != G)
 
 
 def random_parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
@@ -137,6 +156,8 @@ class PatchEmbed(nn.Module):
 class SigLIPAttention(nn.Module):
     """Multi-head self-attention; every patch sees every patch."""
 
+    attend = staticmethod(attention)  # DeepseekVL installs fast_attention
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -144,15 +165,9 @@ class SigLIPAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
-            # takes two thirds of the fused one's time (on a Zen 4), but all its weights would be kept for a gradient
-            out = attention_some_heads_at_a_time(q * q.shape[-1] ** -0.5, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)  # = attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # 3 x (B, H, N, d)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SigLIPMLP(nn.Module):
@@ -165,7 +180,8 @@ class SigLIPMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+        """(B, N, D) -> (B, N, D)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh" if self.gelu == "tanh" else "none"))
 
 
 class SigLIPBlock(nn.Module):
@@ -250,84 +266,15 @@ def relative_positions(table: Tensor) -> Tensor:
     return table[coordinates[:, None] - coordinates[None, :] + g - 1]
 
 
-def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of the decomposed relative position bias (ViTDet, section 3).
-
-        bias[(qh, qw), (kh, kw)] = q . table_h[qh - kh] + q . table_w[qw - kw]
-
-    The query is the unscaled one.
-
-    Args:
-        q: (B, H, g, g, d); table_h, table_w: (2 g - 1, d).
-    Returns: by_row[b, h, qh, qw, kh] and by_column[b, h, qh, qw, kw], each (B, H, g, g, g).
-    """
-    by_row = torch.einsum("bhyxd,ykd->bhyxk", q, relative_positions(table_h))
-    by_column = torch.einsum("bhyxd,xkd->bhyxk", q, relative_positions(table_w))
-    return by_row, by_column
-
-
-def fold_positions(q: Tensor, k: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose plain products are the scores with their bias.
-
-        q . k / sqrt(d) + by_row[kh] + by_column[kw] = (q / sqrt(d), by_row, by_column) . (k, onehot(kh), onehot(kw))
-
-    So the bias, as large as the scores, need not be made: a matmul adds it up.
-
-    Args:
-        q, k: (B, H, g * g, d); by_row, by_column: (B, H, g, g, g).
-    Returns: both (B, H, g * g, d + 2 g).
-    """
-    g, d = by_row.shape[-1], q.shape[-1]
-    onehot = torch.eye(g, dtype=k.dtype, device=k.device)
-    of_row, of_column = onehot[:, None].expand_as(by_row), onehot.expand_as(by_row)  # [..., kh, kw, :]
-    q, k = (t.unflatten(2, (g, g)) for t in (q * d**-0.5, k))
-    q, k = torch.cat((q, by_row, by_column), dim=-1), torch.cat((k, of_row, of_column), dim=-1)
-    return q.flatten(2, 3), k.flatten(2, 3)
-
-
-def attention_with_positions(
-    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, limit: int = SCORES_AT_A_TIME
-) -> Tensor:
-    """`attention` with bias[(qh, qw), (kh, kw)] = by_row[qh, qw, kh] + by_column[qh, qw, kw].
-
-    The N x N scores of all heads never exist at once (in bfloat16 403 MB for the 7B's global layers). A CPU does
-    `limit` of them at a time, which its cache can hold: that is faster there than the fused attention, which all other
-    devices run. Where the scores of one head are within the limit, as in every window, the bias is folded into queries
-    and keys; where they are not, as for 64 x 64 patches, that would triple the work, and the product is added to the
-    bias instead.
-
-    Args:
-        q, k, v: (B, H, N, d), N = g * g; by_row, by_column: (B, H, g, g, g).
-        limit: how many scores a CPU makes at a time, or N if that is more; 0 for the fused attention there too.
-    Returns: (B, H, N, d).
-    """
-    N = v.shape[2]
-    if q.device.type == "cpu" and limit > 0:
-        if N * N > limit:
-            return attention_some_queries_at_a_time(q, k, v, by_row, by_column, max(1, limit // N))
-        return attention_some_heads_at_a_time(*fold_positions(q, k, by_row, by_column), v, limit)
-    q, k = fold_positions(q, k, by_row, by_column)
-    width = q.shape[-1] + -q.shape[-1] % 8  # CUDA's kernels want multiples of 8, and v as wide as q, as MPS may too
-    q, k, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, values, scale=1.0)[..., : v.shape[-1]]
-
-
-def attention_some_queries_at_a_time(
-    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, queries: int
-) -> Tensor:
-    """As `attention_with_positions`, `queries` of one head at a time."""
-    shape, scale, out = v.shape, q.shape[-1] ** -0.5, []
-    heads = (t.flatten(0, 1) for t in (q, k, v, by_row.flatten(2, 3), by_column.flatten(2, 3)))
-    for q, k, v, rows, columns in zip(*heads):  # of one head, (N, d) and (N, g)
-        for some, row, column in zip(*(t.split(queries) for t in (q, rows, columns))):
-            bias = (row[:, :, None] + column[:, None, :]).flatten(1)  # (queries, N)
-            scores = bias.addmm_(some, k.T, alpha=scale)  # in the bias's memory
-            out.append(scores.softmax(dim=-1) @ v)
-    return torch.cat(out).view(shape)
-
-
 class SAMAttention(nn.Module):
-    """Self-attention over a square grid, with decomposed relative positions."""
+    """Self-attention over a square grid, with decomposed relative positions (ViTDet, section 3).
+
+        score[(qh, qw), (kh, kw)] = q . k / sqrt(d) + q . rel_pos_h[qh - kh] + q . rel_pos_w[qw - kw]
+
+    In the positions' terms the query is not scaled.
+    """
+
+    attend = staticmethod(attention)
 
     def __init__(self, width: int, heads: int, grid: int):
         super().__init__()
@@ -338,18 +285,27 @@ class SAMAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, g, g, D) -> (B, g, g, D)."""
-        B, g, _, D = x.shape
-        d = D // self.heads
-        qkv = self.qkv(x).view(B, g * g, 3, self.heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
-        by_row, by_column = relative_bias(q.unflatten(2, (g, g)), self.rel_pos_h, self.rel_pos_w)
-        out = attention_with_positions(q, k, v, by_row, by_column)
-        return self.proj(out.transpose(1, 2).reshape(B, g, g, D))
+        """(B, g, g, D) -> (B, g, g, D).
+
+        A global layer has 4096 x 4096 scores a head. So one head attends at a time, and a few rows of the grid.
+        """
+        B, g = x.shape[:2]
+        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # 3 x (B, H, N, d)
+        grid = q.unflatten(2, (g, g))  # (B, H, g, g, d)
+        by_row = torch.einsum("bhyxd,ykd->bhyxk", grid, relative_positions(self.rel_pos_h))[..., :, None]
+        by_column = torch.einsum("bhyxd,xkd->bhyxk", grid, relative_positions(self.rel_pos_w))[..., None, :]
+        rows, out = max(1, SCORES_AT_ONCE // (B * g**3)), []
+        for *head, keys, values in zip(*(t.split(1, dim=1) for t in (grid, by_row, by_column, k, v))):
+            for queries, row, column in zip(*(t.split(rows, dim=2) for t in head)):
+                bias = (row + column).flatten(4).flatten(2, 3)  # (B, 1, rows * g, N)
+                out.append(self.attend(queries.flatten(2, 3), keys, values, bias))
+        out = torch.cat(out, dim=2).view(B, self.heads, g * g, -1)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
 class SAMMLP(nn.Module):
-    """Linear, exact GELU, Linear; on a CPU 512 tokens at a time, so that what is between them stays in its cache."""
+    """Linear, exact GELU, Linear."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -357,9 +313,8 @@ class SAMMLP(nn.Module):
         self.lin2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        parts = tokens.split(512 if x.device.type == "cpu" else len(tokens))
-        return torch.cat([self.lin2(F.gelu(self.lin1(part))) for part in parts]).view_as(x)
+        """(..., D) -> (..., D)."""
+        return self.lin2(F.gelu(self.lin1(x)))
 
 
 class SAMBlock(nn.Module):
@@ -424,16 +379,13 @@ class SAM(nn.Module):
         self.tokens_per_side = tokens_per_side
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.pos_embed = random_parameter(1, config.grid, config.grid, config.width)
-        self.blocks = nn.ModuleList(
-            SAMBlock(config, window=0 if i in config.global_layers else config.window) for i in range(config.layers)
-        )
+        windows = (0 if i in config.global_layers else config.window for i in range(config.layers))
+        self.blocks = nn.ModuleList(SAMBlock(config, window) for window in windows)
         self.neck = make_neck(config.width, config.neck_channels)
         self.neck_hd = make_neck(config.width, config.neck_channels)
         channels = (config.neck_channels, *config.downsample_channels)
-        self.downsamples = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False)
-            for c_in, c_out in zip(channels, channels[1:])
-        )
+        convs = (nn.Conv2d(*pair, 3, stride=2, padding=1, bias=False) for pair in zip(channels, channels[1:]))
+        self.downsamples = nn.ModuleList(convs)
         self.hd_alpha_downsamples = nn.Parameter(torch.zeros(1))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -623,8 +575,7 @@ class TileAligner(nn.Module):
         crops = [(wide, high) for wide, high in spatial_crop.tolist() if wide and high]
         counts = [1 + wide * high for wide, high in crops]
         if sum(counts) != len(x):
-            raise ValueError(
-                f"images_spatial_crop counts {sum(counts)} tiles with the global views, pixel_values hold {len(x)}"
-            )
+            found = f"{sum(counts)} tiles with the global views"
+            raise ValueError(f"images_spatial_crop counts {found}, pixel_values hold {len(x)}")
         grids = self.project(x).split(counts)
         return [self.lay_out(grid, *crop) for grid, crop in zip(grids, crops)]

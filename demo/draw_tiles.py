@@ -1,10 +1,13 @@
 """Draw how DeepSeek-VL2 sees a picture: its tiles, and the order of the tokens they become.
 
-    python demo/draw_tiles.py [PICTURE] [OUT.png]
+    python demo/draw_tiles.py                            demo/tiles.png, from demo/images/board.jpg
+    python demo/draw_tiles.py photo.jpg --out tiles.png
 
 Uses the processor's own functions at the released models' sizes: tiles of 384 pixels, 27 x 27 patches,
-14 x 14 tokens. Writes demo/tiles.png from demo/images/board.jpg by default.
+14 x 14 tokens.
 """
+
+from __future__ import annotations
 
 import math
 import sys
@@ -15,17 +18,14 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from processor import View, best_resolution, cut_tiles, load_image  # noqa: E402
+from generate import Parser, fail
+from model import MODELS
+from processor import CANDIDATE_RESOLUTIONS, PIXELS, best_resolution, cut_tiles, load_image
 
-TILE, PATCH, FOLD = 384, 14, 2
-SIDE = math.ceil(TILE // PATCH / FOLD)  # tokens along a tile: 27 patches, padded to 28, folded two by two
-# The list of the released checkpoints' configs: up to nine tiles, any shape of them.
-CANDIDATES = [
-    (TILE * wide, TILE * high)
-    for wide, high in sorted(
-        ((w, h) for w in range(1, 10) for h in range(1, 10) if w * h <= 9), key=lambda s: s[0] * s[1]
-    )
-]
+SETTINGS, MODEL = PIXELS["deepseek-vl2"], MODELS["deepseek-vl2"]
+TILE = SETTINGS.side
+# Tokens along a tile: 27 patches, padded to 28, folded two by two.
+SIDE = math.ceil(MODEL.vision.grid / MODEL.tiles.downsample_ratio)
 
 INK, PAPER, GLOBAL, LOCAL, NEWLINE, SEPARATOR = "#222222", "white", "#2f6db5", "#3a9150", "#e08a1e", "#c0285a"
 
@@ -41,10 +41,9 @@ def draw_grid(draw: ImageDraw.ImageDraw, left: int, top: int, rows: int, columns
 
 def draw_tiles(image: Image.Image) -> Image.Image:
     """The picture, its global and local view, and their tokens, side by side."""
-    view = View(side=TILE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    resolution = best_resolution(image.size, CANDIDATES)
+    resolution = best_resolution(image.size, CANDIDATE_RESOLUTIONS)
     wide, high = resolution[0] // TILE, resolution[1] // TILE
-    whole, *tiles = cut_tiles(image, resolution, view)
+    whole, *tiles = cut_tiles(image, resolution, SETTINGS)
     font, small = ImageFont.load_default(22), ImageFont.load_default(18)
 
     small_tile, gap, margin, cell = 180, 8, 30, 13
@@ -85,7 +84,19 @@ def draw_tiles(image: Image.Image) -> Image.Image:
     return canvas
 
 
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add, default = parser.add_argument, HERE / "images" / "board.jpg"
+    add("picture", nargs="?", type=Path, default=default, metavar="PICTURE", help="default: demo/images/board.jpg")
+    add("--out", type=Path, metavar="FILE", help="default, for the default picture alone: demo/tiles.png")
+    args = parser.parse_args()
+    try:
+        if args.out is None and args.picture != default:
+            raise ValueError("--out FILE is needed: demo/tiles.png is for the default picture alone")
+        draw_tiles(load_image(args.picture)).save(args.out or HERE / "tiles.png", optimize=True)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
 if __name__ == "__main__":
-    picture = sys.argv[1] if len(sys.argv) > 1 else HERE / "images" / "board.jpg"
-    out = sys.argv[2] if len(sys.argv) > 2 else HERE / "tiles.png"
-    draw_tiles(load_image(picture)).save(out, optimize=True)
+    main()

@@ -7,7 +7,6 @@ Prints a table: each kind of question, as the model is, and with SAM's features 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from scenes import TASKS, ask, change, draw, random_scene, tell
 
-from generate import DTYPES, fail, generate, pick_device, pick_dtype
+from generate import DTYPES, Parser, fail, generate, pick_device, pick_dtype
 from load_weights import load_model
 from model import DeepseekVL
 from processor import Processor
@@ -88,7 +87,7 @@ def without_high_resolution(model: DeepseekVL):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add, folder = parser.add_argument, Path(__file__).parent / "checkpoint"
     add("--model", type=Path, default=folder, metavar="DIR", help="default: %(default)s")
     add("--scenes", type=int, default=500, metavar="N", help="questions of each kind (default: %(default)s)")

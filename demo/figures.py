@@ -1,6 +1,6 @@
 """Draw the README's figures of the demo: a scene as each tower sees it, and the training curve.
 
-python demo/figures.py      writes demo/resolutions.png and demo/training.png
+python demo/figures.py      writes demo/resolutions.png, demo/training.png and the scenes in demo/images
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ sys.path[:0] = [str(DEMO), str(DEMO.parent)]
 
 from scenes import SIDE, Scene, change, draw, plate, random_scene
 
+from generate import Parser
 from load_weights import read_config
 from model import DeepseekVL
 from processor import Processor
@@ -102,6 +103,8 @@ def draw_training(history: Path) -> Image.Image:
 
 
 def main() -> None:
+    parser = Parser(description="Writes demo/resolutions.png, demo/training.png and the scenes in demo/images.")
+    parser.parse_args()  # --help writes none of them
     scenes = {name: random_scene(Random(seed)) for name, seed in EXAMPLES.items()}
     scenes["after"], _ = change(scenes["before"], Random(EXAMPLES["before"]))
     for name, scene in scenes.items():

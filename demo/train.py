@@ -1,7 +1,7 @@
 """Train the demo checkpoint from nothing: a DeepSeek-VL of the 7B's kind (SAM, SigLIP, hybrid aligner, Llama), 4.8 M.
 
     python demo/train.py                        all six stages; run it again to go on where it stopped
-    python demo/train.py --minutes 1 --out /tmp/demo
+    python demo/train.py --minutes 1            as far as a minute goes; so with --steps
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
 them; the first two stages stand in for that:
@@ -23,12 +23,12 @@ and are kept in history.csv beside the checkpoint, with the seconds since the st
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,7 +45,7 @@ from evaluate import accuracy
 from scenes import TASKS, chat, compare, draw, random_scene
 from towers import TowerLoss, letter_map, ninths
 
-from generate import fail, pick_device
+from generate import Parser, fail, pick_device
 from load_weights import read_config, save_model
 from model import DeepseekVL
 from processor import Processor
@@ -58,6 +58,7 @@ class Stage:
     batch: int  # pictures or conversations a step
     rate: float  # learning rate: rises over WARMUP steps, below a cosine from this down to a twentieth
     learns: tuple[str, ...]  # parts of the model, by the beginnings of their parameters' names
+    held_out: int = 50  # questions of each kind that are asked every CHECK_EVERY steps and at the end; 0: none
 
 
 WARMUP = 100
@@ -201,9 +202,11 @@ class Run:
 
     def scores(self, stage: Stage) -> dict[str, float]:
         """Held-out accuracy: of SAM's linear layers in the first stage, of answers in the others."""
+        if not stage.held_out:
+            return {}
         if stage.name == "towers":
             return self.tower_loss.scores(self.model.vision, Batches(stage, self.folder, "held-out", 0)[0])
-        return accuracy(self.model, self.processor, 50, pictures=stage.name != "language", split="held-out")
+        return accuracy(self.model, self.processor, stage.held_out, pictures=stage.name != "language", split="held-out")
 
 
 def make_optimizers(model: DeepseekVL, learning: list[Tensor]) -> list[torch.optim.Optimizer]:
@@ -219,8 +222,28 @@ def make_optimizers(model: DeepseekVL, learning: list[Tensor]) -> list[torch.opt
     return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
-def train_stage(run: Run, stage: Stage, deadline: float) -> bool:
-    """Train until the stage ends, or the time does. Returns whether the stage ended."""
+@dataclass
+class Limits:
+    """How far one run of this program goes."""
+
+    minutes: float = math.inf
+    steps: float = math.inf
+
+    def __post_init__(self):
+        """Raises ValueError for limits that leave nothing to do."""
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes {self.minutes:g}: expected more than 0")
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: expected at least 1")
+        self.deadline = time.perf_counter() + 60 * self.minutes
+
+    @property
+    def reached(self) -> bool:
+        return self.steps < 1 or time.perf_counter() > self.deadline
+
+
+def train_stage(run: Run, stage: Stage, limits: Limits) -> None:
+    """Train until the stage ends or a limit is reached."""
     model, tower_loss = run.model, run.tower_loss
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(stage.learns))
@@ -246,41 +269,44 @@ def train_stage(run: Run, stage: Stage, deadline: float) -> bool:
             optimizer.step()
         losses.append(loss.detach())
         run.step += 1
+        limits.steps -= 1
         now = time.perf_counter()
         run.seconds = now - started
-        ends = run.step == stage.steps
-        if run.step % REPORT_EVERY == 0 or ends or now > deadline:
+        ends, stops = run.step == stage.steps, limits.reached
+        if run.step % REPORT_EVERY == 0 or ends or stops:
             measured = run.step % CHECK_EVERY == 0 or ends
             run.report(stage, torch.stack(losses).mean().item(), run.scores(stage) if measured else {})
             losses.clear()
-        if now - saved > SAVE_SECONDS or ends or now > deadline:
+        if now - saved > SAVE_SECONDS or ends or stops:
             saved = now
             run.optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
             run.save()
-        if now > deadline:
+        if stops:
             break
-    return run.step == stage.steps
 
 
-def train(run: Run, deadline: float) -> None:
-    """All stages, or as many as there is time for."""
-    while run.stage < len(STAGES):
-        ended = train_stage(run, STAGES[run.stage], deadline)
+def train(run: Run, limits: Limits, stages: Sequence[Stage] = STAGES) -> None:
+    """All stages, or as many as the limits allow."""
+    while run.stage < len(stages):
+        stage = stages[run.stage]
+        train_stage(run, stage, limits)
         save_model(run.model, run.folder, torch.float16)
-        if not ended:
+        if run.step == stage.steps:
+            run.stage, run.step, run.seconds, run.optimizer_states = run.stage + 1, 0, 0.0, []
+            run.save()
+        if run.stage < len(stages) and limits.reached:
             print(f"stopped; the same command goes on from here. So far: {run.folder}")
             return
-        run.stage, run.step, run.seconds, run.optimizer_states = run.stage + 1, 0, 0.0, []
-        run.save()
     run.file.unlink()
     print(f"done: {run.folder}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "retrained", metavar="DIR", help="default: %(default)s")
     add("--minutes", type=float, default=math.inf, metavar="M", help="stop after M minutes; a later run goes on")
+    add("--steps", type=int, default=math.inf, metavar="N", help="stop after N steps; a later run goes on")
     add("--seed", type=int, default=0, metavar="S", help="on one CPU the same seed gives the same run (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args()
@@ -288,8 +314,8 @@ def main() -> None:
         fail(f"torch is {torch.__version__}, training needs 2.9 or newer for torch.optim.Muon")
     torch.set_float32_matmul_precision("high")  # on a GPU: products in TF32
     try:
-        run = Run(args.out, pick_device(args.device), args.seed)
-        train(run, time.perf_counter() + 60 * args.minutes)
+        limits = Limits(args.minutes, args.steps)
+        train(Run(args.out, pick_device(args.device), args.seed), limits)
     except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -12,13 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = Path(__file__).resolve().parent / "golden"
+SHARED = ROOT.parent / "shared"  # what a clone lacks: released configs, tensor names and a tokenizer of 3 MB
 sys.path.insert(0, str(ROOT))
 
 VL_GOLDENS = ["vl-siglip", "vl-hybrid"]
 VL2_GOLDENS = ["vl2-mha", "vl2-mla", "vl2-mla-sigmoid"]
 
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the golden files are not at {SHARED}")
+torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the released files are not at {SHARED}")
+
+
+@pytest.fixture
+def seeded_without_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
 
 
 @cache
@@ -27,7 +37,7 @@ def golden(name: str) -> SimpleNamespace:
 
     `tensors` are what the original code computed in float32 from the weights in `folder`, named `<case>.<tensor>`.
     """
-    folder = SHARED / "golden" / name
+    folder = GOLDEN / name
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     conversations = [case["conversation"] for case in cases["cases"]]
     for message in (message for conversation in conversations for message in conversation):
@@ -162,6 +172,25 @@ def alone(batch: dict, row: int) -> dict:
     return text | {name: batch[name][row : row + 1] for name in batch if "pixel_values" in name}
 
 
+PICTURES = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")
+
+
+def encode_images(model, batch: dict) -> list[torch.Tensor]:
+    """The features of a batch's images, (tokens, D) each."""
+    return model.encode_images(**{name: batch[name] for name in PICTURES if name in batch})
+
+
+def inside(model, batch: dict) -> tuple:
+    """A forward pass: its output, the hidden states (embeddings, layers, the last normalized), and the attentions."""
+    from model import record
+
+    with record(model) as seen:
+        output = model(**batch)
+    names = [f"language.layers.{layer}" for layer in range(len(model.language.layers))]
+    hidden_states = [seen["language.embeddings"], *(seen[name] for name in names[:-1]), seen["language"]]
+    return output, hidden_states, [seen[f"{name}.self_attn"] for name in names]
+
+
 def relative_error(tested: torch.Tensor, expected: torch.Tensor) -> float:
     """|tested - expected| / |expected|, Euclidean norms over all values."""
     expected = expected.double()
@@ -175,7 +204,7 @@ def assert_close(tested: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def skip_unless_packable(linear: torch.nn.Linear) -> None:
-    from model import PackedLinear
+    from load_weights import PackedLinear
 
     if not PackedLinear.suits(linear):
         pytest.skip("this machine's CPU has no packed bfloat16 kernels")

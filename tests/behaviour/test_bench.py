@@ -1,0 +1,15 @@
+"""The benchmark runs and prints its tables. What it measures is not asserted."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def test_small_benchmark_prints_its_table():
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(ROOT / "tests/bench.py"), "answer", "--small", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"decode, {kind}" in done.stdout for kind in ("int8", "int4"))

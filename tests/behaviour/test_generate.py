@@ -1,0 +1,308 @@
+"""Sampling, prefill, decoding and streaming: against transformers' generate, and what generate.py promises."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    KINDS,
+    VL2_GOLDENS,
+    VL_GOLDENS,
+    VOCABULARY,
+    alone,
+    golden,
+    golden_model,
+    random_batch,
+)
+
+from generate import TextStream, choose, compile_steps, generate, keep_top_k, keep_top_p, penalize_repetition, stream
+from load_weights import PackedLinear, load_model, pack
+
+pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
+
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+# ------------------------------------------------------------------------------------ sampling, step by step
+
+
+def random_logits(kind: str) -> torch.Tensor:
+    """(4, 50): all different; halves, so that many are equal; or all equal in a row."""
+    logits = torch.randn(4, 50) * 3
+    return {"different": logits, "ties": (logits * 2).round() / 2, "equal": logits[:, :1].repeat(1, 50)}[kind]
+
+
+@pytest.mark.parametrize("logits", ["different", "ties", "equal"])
+def test_every_transform_equals_transformers(logits):
+    library = pytest.importorskip("transformers")
+    logits, ids = random_logits(logits), torch.randint(0, 50, (4, 30))  # some ids more than once
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)
+    for penalty in (0.5, 1.0, 1.3):
+        expected = library.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        assert torch.equal(penalize_repetition(logits, seen, penalty), expected)
+    for k in (1, 5, 49, 50, 1000):
+        assert torch.equal(keep_top_k(logits, k), library.TopKLogitsWarper(k)(None, logits))
+    for p in (1e-9, 0.1, 0.5, 0.9, 0.999):  # 1 - 1e-9 is 1 in float32: one token must be left
+        assert torch.equal(keep_top_p(logits, p), library.TopPLogitsWarper(p)(None, logits))
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_p():
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    for p, kept in ((0.01, [1]), (0.49, [1]), (0.51, [1, 3]), (0.74, [1, 3]), (0.76, [1, 2, 3]), (0.91, [0, 1, 2, 3])):
+        assert keep_top_p(logits, p).isfinite()[0].nonzero()[:, 0].tolist() == kept
+
+
+def test_temperature_0_takes_the_largest_logit_whatever_else_is_asked():
+    logits = random_logits("different")
+    assert torch.equal(choose(logits, 0.0, 3, 0.1, None), logits.argmax(-1))
+
+
+# ------------------------------------------------------------------------------------ generate, against transformers
+
+
+def until_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
+    """A row of transformers' answer without the padding behind its end token."""
+    end = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[: end + 1]
+
+
+def their_answer(theirs, batch: dict, ends: tuple[int, ...] = (), **options) -> list[list[int]]:
+    ids = theirs.generate(**batch, pad_token_id=0, **{"do_sample": False} | options)
+    return [until_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+@both_kinds
+def test_greedy_equals_transformers(small_pair, kind):
+    pair, batch = small_pair(kind), random_batch(kind)
+    assert generate(pair.ours, batch, max_new_tokens=20) == their_answer(pair.theirs, batch, max_new_tokens=20)
+
+
+@both_kinds
+def test_rows_end_where_transformers_end_them(small_pair, kind):
+    """With two end tokens: of each row one that the other row does not say."""
+    batch, options = random_batch(kind), dict(max_new_tokens=20, temperature=1.5)
+    free = generate(small_pair(kind).ours, batch, seed=1, **options)
+    ends = next(id for id in free[0][4:] if id not in free[1]), next(id for id in free[1][11:] if id not in free[0])
+    expected = [until_end(row, ends) for row in free]
+    assert len(expected[0]) != len(expected[1])
+
+    pair = small_pair(kind, end=ends)
+    assert pair.ours.config.end_token_ids == ends
+    assert generate(pair.ours, batch, seed=1, **options) == expected
+    torch.manual_seed(1)
+    assert their_answer(pair.theirs, batch, ends, do_sample=True, top_k=0, **options) == expected
+
+
+OPTIONS = {
+    "plain sampling": dict(temperature=1.0),
+    "temperature": dict(temperature=0.6),
+    "top-k": dict(temperature=1.0, top_k=5),
+    "top-p": dict(temperature=1.0, top_p=0.7),
+    "all": dict(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2),
+    "greedy with penalty": dict(temperature=0.0, repetition_penalty=1.5),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_equals_transformers(small_pair, options):
+    """Both draw with torch.multinomial, so one seed gives one answer, if every transform and their order agree."""
+    options = OPTIONS[options]
+    pair, batch = small_pair("siglip"), random_batch("siglip", (54,))
+    theirs = {"top_k": 0, "do_sample": options["temperature"] > 0} | options
+    if not theirs["do_sample"]:
+        del theirs["temperature"], theirs["top_k"]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = their_answer(pair.theirs, batch, max_new_tokens=20, **theirs)
+        assert generate(pair.ours, batch, max_new_tokens=20, seed=seed, **options) == expected
+
+
+# ------------------------------------------------------------------------------------ generate, what it promises
+
+
+def test_padding_is_not_seen_by_the_penalty(small_pair):
+    """The padding is a token that the shorter row says first, and would not, had the row said it before."""
+    model, batch = small_pair("siglip").ours, random_batch("siglip", (54, 42))
+    ((first,),) = generate(model, alone(batch, 1), max_new_tokens=1)
+    assert first not in alone(batch, 1)["input_ids"]
+    batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, first)
+    assert generate(model, batch, max_new_tokens=1, repetition_penalty=10.0)[1] == [first]
+
+
+def test_text_without_images_without_a_mask_and_with_labels(small_pair):
+    model, ids = small_pair("siglip").ours, torch.randint(10, VOCABULARY, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    answer = generate(model, batch, max_new_tokens=8)
+    assert answer == their_answer(small_pair("siglip").theirs, batch, max_new_tokens=8)
+    assert answer == generate(model, {"input_ids": ids}, max_new_tokens=8)
+    assert answer == generate(model, batch | {"labels": ids}, max_new_tokens=8)
+
+
+def test_a_seed_gives_one_answer_no_seed_another_each_time_and_the_global_state_stays(small_pair):
+    model, batch, before = small_pair("siglip").ours, random_batch("siglip"), torch.get_rng_state()
+
+    def answer(seed):
+        return generate(model, batch, max_new_tokens=20, temperature=1.5, seed=seed)
+
+    assert answer(1) == answer(1) != answer(2)
+    assert answer(None) != answer(None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_max_new_tokens(small_pair, count):
+    rows = generate(small_pair("siglip").ours, random_batch("siglip"), max_new_tokens=count)
+    assert [len(row) for row in rows] == [count, count]
+
+
+def test_generation_stops_where_the_context_is_full(small_pair):
+    """64 positions hold the 54 tokens of the prompt and ten new ones; an eleventh is said, but never fed."""
+    model, batch = small_pair("siglip", max_position_embeddings=64).ours, random_batch("siglip")
+    unlimited = small_pair("siglip").ours
+    assert generate(model, batch, max_new_tokens=100) == generate(unlimited, batch, max_new_tokens=11)
+
+
+def test_prompts_that_cannot_be_answered(small_pair):
+    model, short = small_pair("siglip").ours, small_pair("siglip", max_position_embeddings=53).ours
+    on_the_right = {"input_ids": torch.tensor([[11, 12, 13, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    for tested, batch, message in (
+        (short, random_batch("siglip"), "54 tokens.* holds 53"),
+        (model, {"input_ids": torch.ones(1, 0).long()}, "the prompt is empty"),
+        (model, on_the_right, "expected the padding on the left"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(tested, batch)
+
+
+WRONG_OPTIONS = [
+    ("max_new_tokens", [0, -1, 2.5]),
+    ("temperature", [-0.1, 1e-39, math.inf, math.nan]),
+    ("top_k", [-1, 2.5]),
+    ("top_p", [0.0, -0.5, 1.1, math.nan]),
+    ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),
+    ("seed", [-1, 2**63]),
+    ("chunk_size", [0, -5]),
+]
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_OPTIONS for value in values])
+def test_options_out_of_range_are_named(small_pair, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value:.15g}, expected|{name} is {value}, expected"):
+        generate(small_pair("siglip").ours, random_batch("siglip"), **{name: value})
+
+
+# ------------------------------------------------------------------------------------ streaming
+
+
+@both_kinds
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}])
+def test_stream_yields_what_generate_returns(small_pair, kind, options):
+    batch = random_batch(kind, (54,))
+    (free,) = generate(small_pair(kind).ours, batch, max_new_tokens=20, **options)
+    for end in (None, free[5]):
+        model = small_pair(kind, end=end).ours
+        answer = generate(model, batch, max_new_tokens=20, **options)
+        assert [*stream(model, batch, max_new_tokens=20, **options)] == answer[0] == until_end(free, (end,))
+
+
+def test_stream_yields_each_id_as_it_comes_for_one_conversation(small_pair):
+    model, fed = small_pair("siglip").ours, []
+    hook = model.lm_head.register_forward_hook(lambda *_: fed.append(1))
+    for count, _ in enumerate(stream(model, random_batch("siglip", (54,)), max_new_tokens=4), start=1):
+        assert len(fed) == count
+    hook.remove()
+    with pytest.raises(ValueError, match="this batch has 2"):
+        next(stream(model, random_batch("siglip")))
+
+
+# A tokenizer with a token for every byte, and one special token.
+SPECIAL = 256
+BYTES = SimpleNamespace(
+    is_special=lambda token: token == SPECIAL,
+    token_bytes=lambda token: bytes([token]),
+    token_to_id=lambda text: None,
+)
+
+
+@pytest.mark.parametrize("text", ["plain", "déjà vu", "图像 日本語 한국어", "😀👩‍👩‍👧🇩🇪", "e\u0301 ½ é\n\ttab"])
+def test_text_stream_never_shows_half_a_character(text):
+    """After every byte, what was shown is the longest part of the text that is whole characters."""
+    shown, pushed, text_stream = "", b"", TextStream(BYTES)
+    for byte in text.encode():
+        pushed += bytes([byte])
+        shown += text_stream.push(byte)
+        assert shown == pushed.decode(errors="ignore")
+    assert shown == text and text_stream.finish() == ""
+
+
+def test_text_stream_passes_over_special_tokens():
+    text_stream, (start, *rest) = TextStream(BYTES), "é".encode()
+    assert "".join(text_stream.push(token) for token in (SPECIAL, start, SPECIAL, *rest, SPECIAL)) == "é"
+
+
+def test_text_stream_shows_what_never_became_a_character_at_the_end():
+    text_stream = TextStream(BYTES)
+    assert "".join(text_stream.push(byte) for byte in "图".encode()[:2] + b"a") == "\ufffda"
+    assert text_stream.push("图".encode()[0]) == ""
+    assert text_stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("name", VL_GOLDENS)
+def test_text_stream_equals_decoding_all_at_once(name):
+    """Of text in many scripts, and of random ids, most of which make no valid UTF-8."""
+    tokenizer = golden_model(name)[1].tokenizer
+    random_ids = torch.randint(0, tokenizer.vocab_size, (20, 40)).tolist()
+    for ids in [tokenizer.encode("A 图像 is worth 1,000 words: 😀👍🏽 über naïve Ω"), *random_ids]:
+        text_stream = TextStream(tokenizer)
+        shown = "".join(text_stream.push(token) for token in ids) + text_stream.finish()
+        assert shown == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------ compiled steps
+
+
+def two_texts(name: str) -> dict:
+    """A batch with padding."""
+    texts = "Hello", "A longer question than that?"
+    return golden_model(name)[1]([[{"role": "user", "content": text}] for text in texts])
+
+
+@pytest.mark.parametrize("name", [*VL_GOLDENS, *VL2_GOLDENS])
+def test_steps_of_fixed_shape_are_decode_steps(name, monkeypatch):
+    """As the compiler gets them, uncompiled: the same ids for a padded batch and for one row alone."""
+    model, batch = golden_model(name)[0], two_texts(name)
+    batches = batch, {key: value[1:] for key, value in batch.items()}
+    expected = [generate(model, batch, max_new_tokens=9) for batch in batches]
+    monkeypatch.setattr(model, "fixed_shape_steps", True)
+    assert [generate(model, batch, max_new_tokens=9) for batch in batches] == expected
+
+
+@pytest.mark.parametrize("name, kind", [("vl-siglip", "int4"), ("vl2-mla", "int8")])
+def test_compiled_steps_give_the_same_ids(name, kind):
+    """Through torch.compile; where it cannot compile, with one reason and steps as before."""
+    model, batch, reasons = load_model(golden(name).folder, dtype=torch.float32, quantize=kind), two_texts(name), []
+    expected = generate(pack(model), batch, max_new_tokens=4)
+    compile_steps(model, failed=reasons.append)
+    assert generate(model, batch, max_new_tokens=4) == expected
+    assert len(reasons) <= 1
+
+
+def test_bfloat16_packed_for_a_cpu_is_not_compiled():
+    """Where this CPU has kernels for such weights; elsewhere nothing is packed, and nothing is said."""
+    model, reasons = pack(load_model(golden("vl-siglip").folder, dtype=torch.bfloat16)), []
+    compile_steps(model, failed=reasons.append)
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    assert ["packed for a CPU" in reason for reason in reasons] == [True] * packed
+
+
+def test_without_a_compiler_steps_are_as_they_were(monkeypatch):
+    def unsupported(*_, **__):
+        raise RuntimeError("not for this Python")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    model, batch, reasons = load_model(golden("vl-siglip").folder, dtype=torch.float32), two_texts("vl-siglip"), []
+    expected = generate(model, batch, max_new_tokens=4)
+    compile_steps(model, failed=reasons.append)
+    assert reasons == ["not for this Python"]
+    assert generate(model, batch, max_new_tokens=4) == expected

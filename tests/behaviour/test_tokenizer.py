@@ -1,0 +1,256 @@
+"""The tokenizer against the tokenizers library and sentencepiece, run live."""
+
+import json
+import random
+import unicodedata
+
+import pytest
+from conftest import SHARED, golden
+
+import processor
+from processor import load_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+
+REAL = SHARED / "tokenizers" / "deepseek-llm"
+SMALL_FAMILY = golden("vl-siglip").folder  # explicit letter ranges, single digits
+LARGE_FAMILY = golden("vl2-mha").folder  # \p{L} and the like, digits in threes
+FAMILIES = pytest.mark.parametrize("folder", [SMALL_FAMILY, LARGE_FAMILY], ids=["small family", "large family"])
+
+# Unicode differs between Python's tables and those in the tokenizers library by what was added
+# since; the comparison is over what this Python knows.
+ASSIGNED = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+WORDS = """The quick brown fox can't describe DeepSeek-VL's image №7 über Øre øl Äpfel naïve ÿ þorn ÷ ö ú
+    нещо на Български Ελληνικά 中文分词器。 图像 日本語のテキスト、カタカナ 한국어 문장 हिन्दी पाठ العربية עברית ไทย កាន់តែ ქართული
+    ١٢٣ ½ ² ① Ⅷ 3.14159 1234567 0xFF x+=y; {"key": [1, 2]} <div class='a'>&nbsp;</div> ¡Hola! «quoted» “curly” …""".split()
+SPACES = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", "\x0b"]
+SPACES += ["\x1c", "\x1f", "\x85", "\u00a0", "\u200b", "\u2028", "\u3000"]
+EMOJI = ["😀", "👩‍👩‍👧", "🏳️‍🌈", "🇩🇪", "👍🏽", "❤️", "😶‍🌫️", "🦙"]
+SPECIAL = [
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>",
+    "<|User|>", "<|Assistant|>", "<｜▁pad▁｜>", "<image", "<｜end▁of", "<<image>>",
+]  # fmt: skip
+QUIRKS = list("øöúÿõ÷ûýÀùÁþü")  # added tokens of the released vocabulary
+
+
+def random_text(rng: random.Random) -> str:
+    makers = [
+        lambda: rng.choice(rng.choice([WORDS, SPACES, EMOJI, SPECIAL, QUIRKS])),
+        lambda: str(rng.randrange(10 ** rng.randrange(1, 12))),
+        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0x300)])),
+        lambda: rng.choice("!-/:-~[]{}()'\"\\.,;?&%$#@^*_`|") * rng.randrange(1, 5),
+        lambda: "".join(rng.choices(ASSIGNED, k=rng.randrange(1, 6))),
+        lambda: rng.choice("aAbz \n") * rng.randrange(1, 30),
+    ]
+    return "".join(rng.choice([*makers[:1] * 5, *makers])() + rng.choice(["", " "]) for _ in range(rng.randrange(1, 16)))
+
+
+def pair(folder):
+    """Our tokenizer and the library's, of one vocabulary."""
+    return load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def assert_equal_on_texts(ours, library, count: int) -> None:
+    rng = random.Random(0)
+    for text in (random_text(rng) for _ in range(count)):
+        ids = ours.encode(text)
+        assert ids == library.encode(text, add_special_tokens=False).ids, repr(text)
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip), repr(text)
+
+
+def assert_equal_on_ids(ours, library, count: int) -> None:
+    rng = random.Random(0)
+    for _ in range(count):
+        ids = rng.choices(range(ours.vocab_size), k=rng.randrange(1, 20))  # mostly not valid UTF-8
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip)
+        assert b"".join(map(ours.token_bytes, ids)).decode("utf-8", "replace") == ours.decode(ids)
+    assert ours.decode([10**6]) == library.decode([10**6]) == ""  # models have rows that no token uses
+
+
+LONG_PIECES = {
+    "one letter": "a" * 100_000,
+    "letters": "".join(random.Random(0).choices("abcdefgh", k=50_000)),
+    "Chinese without punctuation": "".join(random.Random(1).choices("的一是了我不人在他有这个上们来到时大地", k=50_000)),
+    "spaces": " " * 100_000,
+    "newlines": "\n" * 20_000,
+    "digits": "1234567890" * 2_000,
+    "emoji": "👩‍👩‍👧" * 3_000,
+    "punctuation": "=-" * 20_000,
+}
+
+
+@FAMILIES
+def test_equals_the_tokenizers_library(folder):
+    ours, library = pair(folder)
+    assert_equal_on_texts(ours, library, 2500)
+    assert_equal_on_ids(ours, library, 1000)
+    for kind, text in LONG_PIECES.items():
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, kind
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the released tokenizer is not at {REAL}")
+def test_the_released_tokenizer():
+    """Its vectors; the library; letters that are added tokens; VL2's tokens, appended behind them."""
+    ours, library = pair(REAL)
+    for vector in json.loads((REAL / "vectors.json").read_text(encoding="utf-8")):
+        assert ours.encode(vector["text"]) == vector["ids"], vector["text"]
+    assert_equal_on_texts(ours, library, 2000)
+    assert_equal_on_ids(ours, library, 300)
+    for kind, text in LONG_PIECES.items():
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, kind
+
+    assert ours.encode("ø über") == [100002, 207, 100014, 701]
+    assert ours.token_bytes(100014) == b"\xfc" and not ours.is_special(100014)  # the raw byte, which is not UTF-8
+    assert ours.decode([100014, 701]) == "\ufffdber"
+
+    n = ours.vocab_size
+    assert ours.token_to_id("<|ref|>") is None
+    ours.add_special_tokens(["<image_placeholder>", *processor.VL2_SPECIAL_TOKENS])
+    library.add_special_tokens(list(processor.VL2_SPECIAL_TOKENS))
+    assert [ours.token_to_id(token) for token in processor.VL2_SPECIAL_TOKENS] == list(range(n, n + 9))
+    assert ours.vocab_size == library.get_vocab_size(with_added_tokens=True)
+    text = "<|User|>: <image>\n<|ref|>ü <image_placeholder><|/ref|>.\n\n<|Assistant|>:"
+    assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(text), skip_special_tokens=True) == library.decode(ours.encode(text))
+    assert ours.is_special(n) and not ours.is_special(n - 2)
+
+
+TEXTS = {"category": "".join(ASSIGNED), "space": "x".join(map(chr, range(0x3100))) + "a \n b  \n\n \r\n"}
+REGEXES = [("category", rf"\p{{{category}}}+") for category in "LMNPS"]
+REGEXES += [("space", regex) for regex in (r"\s+", r"\S+", r"[^\s]+", r"\s+$", r"\s+(?!\S)")]
+
+
+@pytest.mark.parametrize("text, regex", REGEXES)
+def test_regular_expressions_cut_as_onigurumas(text, regex):
+    """Unicode's categories, white space, the end of a line."""
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    ours = [part for part in processor.split_pattern(step).split(TEXTS[text]) if part]
+    assert ours == [part for part, _ in split.pre_tokenize_str(TEXTS[text])]
+
+
+def test_merges_written_as_pairs_and_named_tokens(tmp_path):
+    spec = json.loads((SMALL_FAMILY / "tokenizer.json").read_text(encoding="utf-8"))
+    as_strings = load_tokenizer(SMALL_FAMILY)
+    spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    as_pairs = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "the theatre was there, and then the other"
+    assert as_pairs.encode(text) == as_strings.encode(text)
+    assert as_pairs.bos_token_id is None and as_strings.bos_token_id == 400  # no tokenizer_config.json beside it
+    large = load_tokenizer(LARGE_FAMILY)
+    assert (large.bos_token_id, large.eos_token_id, large.pad_token_id, large.vocab_size) == (400, 401, 402, 411)
+    assert all(large.is_special(id) for id in (400, 401, 402, 403))
+
+
+# ------------------------------------------------------------------------------------- sentencepiece
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(f"the cat {i} sat on the mat and the dog {i * 7} looked" for i in range(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, control_symbols=["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        user_defined_symbols=["<image_placeholder>"], normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    config = {"bos_token": {"content": "<｜begin▁of▁sentence｜>"}, "eos_token": "<｜end▁of▁sentence｜>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_sentencepiece(sentencepiece_folder, tmp_path):
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    ours = load_tokenizer(sentencepiece_folder)
+    texts = ["the cat", "  two  spaces ", "A <image_placeholder>picture", "Ω 图像 😀", "", "12\n\n34", "the<image_placeholder>"]
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == library.encode(text)
+        assert ours.decode(ids) == (" " + text if text else "")  # the space that this model puts first
+        assert b"".join(map(ours.token_bytes, ids)).decode() == ours.decode(ids)
+    end = library.piece_to_id("<｜end▁of▁sentence｜>")
+    assert ours.eos_token_id == end and ours.bos_token_id == library.piece_to_id("<｜begin▁of▁sentence｜>")
+    ids = ours.encode("the cat<｜end▁of▁sentence｜>sat")
+    assert ids == [*library.encode("the cat"), end, *library.encode("sat")]
+    assert ours.decode(ids) == " the cat<｜end▁of▁sentence｜> sat"
+    assert ours.decode(ids, skip_special_tokens=True) == " the cat sat"
+    ours.add_special_tokens(["<image_placeholder>", "<|new|>"])
+    assert ours.token_to_id("<|new|>") == library.get_piece_size()
+    assert ours.encode("<|new|>") == [library.get_piece_size()]
+
+    both = tmp_path / "both"  # tokenizer.json is read where a folder has both
+    both.mkdir()
+    (both / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    (both / "tokenizer.json").write_bytes((SMALL_FAMILY / "tokenizer.json").read_bytes())
+    assert load_tokenizer(both).encode("the cat") == load_tokenizer(SMALL_FAMILY).encode("the cat")
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+STEP = ["pre_tokenizer", "pretokenizers", 0]
+BAD_LAYOUTS = {
+    "another model": (["model", "type"], "Unigram", "Unigram"),
+    "a byte without a token": (["model", "vocab"], {"a": 0}, "not a byte-level BPE tokenizer"),
+    "no merges": (["model", "merges"], KeyError, "merges"),
+    "a merge of three": (["model", "merges"], ["a b c"], "not a byte-level BPE tokenizer"),
+    "a merge of unknown tokens": (["model", "merges"], ["zzzz yyyy"], "zzzz"),
+    "byte fallback": (["model", "byte_fallback"], True, "byte_fallback"),
+    "dropout": (["model", "dropout"], 0.1, "dropout"),
+    "a normalizer": (["normalizer"], {"type": "NFC"}, "NFC"),
+    "another decoder": (["decoder"], {"type": "Metaspace"}, "Metaspace"),
+    "no pre-tokenizer": (["pre_tokenizer"], None, "not a byte-level BPE tokenizer"),
+    "pre-tokenizer without bytes": (["pre_tokenizer"], {"type": "Whitespace"}, "ByteLevel"),
+    "unknown step": (STEP, {"type": "Whitespace"}, "Whitespace"),
+    "another behaviour": ([*STEP, "behavior"], "Removed", "Removed"),
+    "unknown class in a regex": ([*STEP, "pattern"], {"Regex": r"\w+"}, "w"),
+    "unknown category in a regex": ([*STEP, "pattern"], {"Regex": r"\p{Han}"}, "Han"),
+    "a broken regex": ([*STEP, "pattern"], {"Regex": "[a"}, "unterminated"),
+    "prefix space": (["pre_tokenizer", "pretokenizers", -1, "add_prefix_space"], True, "ByteLevel"),
+    "an added token that strips": (["added_tokens", 0, "lstrip"], True, "lstrip"),
+}
+
+
+@pytest.mark.parametrize("path, value, message", BAD_LAYOUTS.values(), ids=BAD_LAYOUTS)
+def test_a_layout_that_is_not_carried_out_is_refused(path, value, message, tmp_path):
+    spec = json.loads((SMALL_FAMILY / "tokenizer.json").read_text(encoding="utf-8"))
+    *parents, last = path
+    part = spec
+    for key in parents:
+        part = part[key]
+    if value is KeyError:
+        del part[last]
+    else:
+        part[last] = value
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    for name, content, message in (
+        ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"),
+        ("tokenizer.json", b"[1]", "expected a JSON object"),
+        ("tokenizer.model", b"not a model", "tokenizer.model: (not a SentencePiece model|reading this needs)"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path / name)
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(ValueError, match="lone surrogate at position 3"):
+        load_tokenizer(SMALL_FAMILY).encode("abc\ud800")

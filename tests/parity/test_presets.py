@@ -1,0 +1,95 @@
+"""The released models as they stand in code, against the configs and tensor names that were released with them.
+
+The files are 3 MB and not in a clone: one skip where they are missing.
+"""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHARED
+
+from load_weights import expected_tensors, read_layout_and_config
+from model import MODELS, DeepseekVL, ModelConfig
+from processor import CANDIDATE_RESOLUTIONS, IMAGE_TOKENS, PIXELS
+from vision import HybridConfig
+
+FILES = {  # preset -> folders of files for it, official first
+    "deepseek-vl-1.3b": ["deepseek-vl-1.3b-chat", "deepseek-community--deepseek-vl-1.3b-chat"],
+    "deepseek-vl-7b": ["deepseek-vl-7b-chat", "deepseek-community--deepseek-vl-7b-chat"],
+    "deepseek-vl2-tiny": ["deepseek-vl2-tiny"],
+    "deepseek-vl2-small": ["deepseek-vl2-small"],
+    "deepseek-vl2": ["deepseek-vl2"],
+}
+UNUSED = (  # in the files, and in no model: SigLIP's pooling head, and two norms of the 7B
+    ".attn_pool.",
+    "vision_model.head.",
+    "vision_model.high_layer_norm.",
+    "vision_model.low_layer_norm.",
+)
+PARAMETERS = {  # of the model; published, in billions, with SigLIP's pooling head: in the files, and active for a token
+    "deepseek-vl-1.3b": (1_962_640_384, 1.98, None),
+    "deepseek-vl-7b": (7_331_390_721, 7.34, None),
+    "deepseek-vl2-tiny": (3_355_263_088, 3.37, 1.0),
+    "deepseek-vl2-small": (16_133_111_152, 16.1, 2.8),
+    "deepseek-vl2": (27_464_895_896, 27.5, 4.5),
+}
+
+
+@pytest.mark.parametrize("preset", FILES)
+def test_parameter_counts(preset):
+    with torch.device("meta"):
+        model = DeepseekVL(MODELS[preset])
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    exact, _, active = PARAMETERS[preset]
+    assert sum(sizes.values()) == exact
+    if active is not None:  # the experts chosen for a token and all else, but of the embeddings only one row
+        experts = model.config.language.experts
+        routed = sum(size for key, size in sizes.items() if ".experts." in key)
+        idle = routed * (experts.n_routed_experts - experts.num_experts_per_tok) // experts.n_routed_experts
+        used = exact - idle - sizes["language.embed_tokens.weight"]
+        assert used / 1e9 == pytest.approx(active, rel=0.03)
+
+
+@pytest.mark.parametrize("preset", FILES)
+def test_pixels_fit_the_towers(preset):
+    """The processor's sizes, means and deviations are those that the model's towers are built for."""
+    pixels, config = PIXELS["deepseek-vl2" if "vl2" in preset else preset], MODELS[preset]
+    if isinstance(config.vision, HybridConfig):  # which normalizes for each of its towers
+        assert (pixels.side, pixels.normalize) == (config.vision.high.image_size, False)
+        assert pixels.mean == config.vision.high_norm.mean
+        assert config.vision.low.grid**2 == IMAGE_TOKENS
+    else:
+        assert (pixels.side, pixels.normalize) == (config.vision.image_size, True)
+        assert pixels.mean == pixels.std == (0.5, 0.5, 0.5)
+        assert config.tiles is not None or config.vision.grid**2 == IMAGE_TOKENS
+
+
+def test_presets_equal_the_released_files():
+    assert MODELS.keys() == FILES.keys()
+    if not SHARED.is_dir():
+        pytest.skip(f"the released configs and names are not at {SHARED}")
+    for preset, folders in FILES.items():
+        config = MODELS[preset]
+        assert config.image_token_id is None and config.end_token_ids == ()
+        with torch.device("meta"):
+            model = DeepseekVL(config)
+        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for folder in (SHARED / "checkpoints" / name for name in folders):
+            resolutions = json.loads((folder / "config.json").read_text()).get("candidate_resolutions")
+            assert resolutions is None or {*map(tuple, resolutions)} == {*CANDIDATE_RESOLUTIONS}
+            layout, released = read_layout_and_config(folder)
+            language = replace(released.language, tie_word_embeddings=False)  # all files hold a head of their own
+            assert ModelConfig(released.vision, language, released.tiles) == config, folder
+            names = {key: tuple(shape) for key, shape in json.loads((folder / "names.json").read_text()).items()}
+            expected = expected_tensors(model, layout, set(names))
+            left = names.keys() - expected.keys()
+            assert all(any(part in name for part in UNUSED) for name in left), left
+            assert {key: tuple(target.shape) for key, target in expected.items()} == {
+                key: shape for key, shape in names.items() if key not in left
+            }
+            assert {target.parameter for target in expected.values()} == parameters.keys()
+            if "community" not in str(folder):  # those leave out the pooling head
+                assert f"{sum(map(math.prod, names.values())) / 1e9:.3g}" == f"{PARAMETERS[preset][1]}"
