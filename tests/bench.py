@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -258,7 +259,8 @@ class Bench:
         return medians([[getattr(side, method)(*arguments) for side in sides] for _ in range(self.turns + 1)][1:])
 
     def head(self, title: str) -> None:
-        print(f"\n| {title} ({self.dtype}) | ours | {'before' if self.code else 'transformers'} | ratio |\n|---|---|---|---|")
+        other = "before" if self.code else "transformers"
+        print(f"\n| {title} ({self.dtype}) | ours | {other} | ratio |\n|---|---|---|---|", flush=True)
 
     def row(self, label: str, values: tuple[float, ...], show: Callable[[float], str]) -> None:
         other, ratio = (show(values[1]), f"{values[1] / values[0]:.2f}") if len(values) > 1 else ("", "")
@@ -277,7 +279,8 @@ class Bench:
             options = {"quantize": kind.partition(" ")[0] or None, "compiled": kind.endswith("compiled")}
             first, step = self.compare(name, "answer", self.new_tokens, *self.sizes(name), **options)
             label = f", {kind}" if kind else ""
-            self.row(f"prefill, {sum(self.sizes(name)[1:3])} tokens{label}", first, "{:.2f} s".format)
+            if not options["compiled"]:  # only steps are
+                self.row(f"prefill, {sum(self.sizes(name)[1:3])} tokens{label}", first, "{:.2f} s".format)
             self.row(f"decode{label}", step, lambda value: f"{1 / value:.1f} tokens/s")
 
     def vl2(self) -> None:
@@ -313,6 +316,9 @@ def main() -> None:
         return serve(args.serve)
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if args.small:  # threads would only wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the other process
+        torch.set_num_threads(1)
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1] or "unknown CPU"
     versions = f"torch {torch.__version__}, transformers {version('transformers')}, {time.strftime('%Y-%m-%d')}"
