@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, VL2_GOLDENS, VL_GOLDENS, golden, needs_shared
+from conftest import SHARED, VL2_GOLDENS, VL_GOLDENS, golden
 from PIL import Image, ImageOps
 
 import processor
@@ -36,7 +36,6 @@ def random_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> I
 # ------------------------------------------------------------------------------------ golden files
 
 
-@needs_shared
 @pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
 def test_golden_cases(name):
     """Prompts, ids, tile counts, labels identical, and pixels too: bit for bit, which is within 1e-6."""
@@ -59,7 +58,6 @@ def test_golden_cases(name):
             assert len(batch.get("pixel_values", [])) == tiles
 
 
-@needs_shared
 @pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
 def test_golden_batch_is_padded_on_the_left(name):
     data, tested = golden(name), Processor(golden(name).folder)
@@ -70,7 +68,6 @@ def test_golden_batch_is_padded_on_the_left(name):
     assert batch["images_seq_mask"].dtype == torch.bool and batch["pixel_values"].dtype == torch.float32
 
 
-@needs_shared
 @pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
 def test_each_row_of_a_batch_equals_that_row_alone(name):
     data, tested = golden(name), Processor(golden(name).folder)
@@ -91,7 +88,6 @@ def test_each_row_of_a_batch_equals_that_row_alone(name):
     assert batch.get("images_spatial_crop", torch.empty(0)).tolist() == crops
 
 
-@needs_shared
 def test_a_processor_can_be_sent_to_another_process():
     sent = pickle.loads(pickle.dumps(Processor(SMALL)))
     conversation = golden("vl-siglip").conversations[3]
@@ -101,7 +97,6 @@ def test_a_processor_can_be_sent_to_another_process():
 # ------------------------------------------------------------------------------------ conversations
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha"])
 def test_roles_markers_and_shapes_that_mean_the_same(name):
     tested, image = Processor(golden(name).folder), random_image(60, 40)
@@ -120,7 +115,6 @@ def test_roles_markers_and_shapes_that_mean_the_same(name):
         assert all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
-@needs_shared
 def test_image_parts_by_path_address_and_image(tmp_path, server):
     image = random_image(30, 20)
     image.save(tmp_path / "a.png")
@@ -134,7 +128,6 @@ def test_image_parts_by_path_address_and_image(tmp_path, server):
     assert torch.equal(pixels[2], Processor(SMALL).image_inputs(SERVED)[0]["pixel_values"][0])
 
 
-@needs_shared
 def test_system_texts():
     vl, vl2 = Processor(SMALL), Processor(golden("vl2-mha").folder)
     hello = {"role": "user", "content": "Hello"}
@@ -162,7 +155,6 @@ TRAINING = [
 ]
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha", "vl2-mla"])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_labels(name, mask_prompt, tmp_path):
@@ -191,7 +183,6 @@ def test_labels(name, mask_prompt, tmp_path):
     assert torch.equal(tested(conversation)["input_ids"][0], ids)  # asking for labels changes no id
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha", "vl2-mla"])
 def test_labels_of_any_answer(name):
     """No token crosses from a prompt into an answer, whatever the answer starts with."""
@@ -206,7 +197,6 @@ def test_labels_of_any_answer(name):
         assert labels[labels != -100].tolist() == tested.tokenizer.encode(text)
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mha"])
 def test_markers_and_images_must_agree(name):
     tested, image = Processor(golden(name).folder), random_image(9, 9)
@@ -241,7 +231,6 @@ BAD_CONVERSATIONS = {
 }
 
 
-@needs_shared
 @pytest.mark.parametrize("conversation", BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS.keys())
 def test_a_bad_conversation_is_one_clear_line(conversation):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -249,14 +238,12 @@ def test_a_bad_conversation_is_one_clear_line(conversation):
     assert str(error.value) and "\n" not in str(error.value)
 
 
-@needs_shared
 def test_an_image_in_an_answer_is_refused_by_vl2():
     answer = {"role": "assistant", "content": "<image>", "images": [random_image(9, 9)]}
     with pytest.raises(ValueError, match="assistant"):
         Processor(golden("vl2-mha").folder)([{"role": "user", "content": "a"}, answer])
 
 
-@needs_shared
 def test_a_prompt_beyond_the_context(tmp_path):
     folder = shutil.copytree(SMALL, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -272,7 +259,6 @@ def test_a_prompt_beyond_the_context(tmp_path):
                 Processor(folder)(hello)
 
 
-@needs_shared
 def test_a_literal_special_token_in_a_text_is_special():
     """As in the originals, which tokenize the whole string; it marks no place for an image."""
     tested = Processor(SMALL)
@@ -301,7 +287,6 @@ def test_best_resolution_keeps_most_pixels():
     assert processor.best_resolution((800, 400), candidates) == (1152, 768)  # 768 x 384 would lose pixels
 
 
-@needs_shared
 def test_tiles_at_full_size(tmp_path):
     """The token count of the paper's layout, and tiles that put together are the padded picture."""
     folder = shutil.copytree(golden("vl2-mha").folder, tmp_path / "model")
@@ -366,7 +351,6 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 HIGH = {"high_res_image_mean": list(processor.CLIP_MEAN), "high_res_image_std": list(processor.CLIP_STD)}
 
 
-@needs_shared
 @pytest.mark.parametrize("era", [4, 5])
 @pytest.mark.parametrize(
     "kind, settings",
@@ -413,7 +397,6 @@ TEMPLATE = (
 )
 
 
-@needs_shared
 def test_chat_template_equals_jinja():
     jinja2 = pytest.importorskip("jinja2")
     template, tested, rng = jinja2.Template(TEMPLATE), Processor(SMALL), random.Random(0)
@@ -431,7 +414,6 @@ def test_chat_template_equals_jinja():
         assert tested.prompt(messages) == template.render(messages=messages, **values)
 
 
-@needs_shared
 @pytest.mark.parametrize("kind", ["deepseek_vl", "deepseek_vl_hybrid"])
 def test_batch_equals_transformers_processor(kind, tmp_path):
     sizes = {"size": {"height": 96, "width": 96}}
@@ -804,7 +786,6 @@ BAD_FILES = {
 }  # fmt: skip
 
 
-@needs_shared
 @pytest.mark.parametrize("name, file, changes, message", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_checkpoint_with_bad_settings(name, file, changes, message, tmp_path):
     folder = shutil.copytree(golden(name).folder, tmp_path / name)
@@ -814,7 +795,6 @@ def test_a_checkpoint_with_bad_settings(name, file, changes, message, tmp_path):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-@needs_shared
 def test_a_picture_of_more_tokens_than_the_context_takes_no_memory(tmp_path):
     folder = shutil.copytree(SMALL, tmp_path / "model")
     edit(folder, "processor_config.json", num_image_tokens=10**12)
@@ -823,7 +803,6 @@ def test_a_picture_of_more_tokens_than_the_context_takes_no_memory(tmp_path):
         Processor(folder)([picture])
 
 
-@needs_shared
 def test_a_checkpoint_with_missing_or_broken_files(tmp_path):
     for name in ("config.json", "tokenizer.json"):
         folder = shutil.copytree(SMALL, tmp_path / f"without {name}")
