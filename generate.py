@@ -417,8 +417,8 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
-def make_message(prompt: str | None, images: list[str], marker: str) -> dict:
-    """The user's message. Images go first, as `marker`, where the prompt has no marker for them.
+def make_message(prompt: str | None, images: list[str]) -> dict:
+    """The user's message.
 
     Raises: ValueError where there is nothing to ask, or an image that cannot be read.
     """
@@ -430,8 +430,6 @@ def make_message(prompt: str | None, images: list[str], marker: str) -> dict:
         prompt.encode()
     except UnicodeEncodeError:
         raise ValueError("--prompt is not valid UTF-8") from None
-    if "<image>" not in prompt and "<image_placeholder>" not in prompt:
-        prompt = marker * len(images) + prompt
     return {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
 
 
@@ -488,7 +486,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--boxes needs a DeepSeek-VL2, {folder} is a DeepSeek-VL, which locates nothing")
     asks = args.prompt is not None or args.image or args.save is None
     if asks:
-        message = make_message(args.prompt, args.image, "<image>\n" if processor.is_vl2 else "<image>")
+        message = make_message(args.prompt, args.image)
         batch = processor([message], system=args.system)
         prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
         vocabulary = read_config(folder, processor.tokenizer).language.vocab_size

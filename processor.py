@@ -16,15 +16,18 @@ byte-pair encoding: arXiv 1508.07909; its byte-level form: the GPT-2 report (201
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterable, Sequence
@@ -33,7 +36,7 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -65,9 +68,10 @@ def read_json(path: Path) -> dict:
 
 # Raster formats whose decoders run nothing external and whose header states the size that will be
 # decoded. Pillow's others include EPS, which starts Ghostscript, and containers of other files.
-IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-MAX_IMAGE_PIXELS = 100_000_000
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 256_000_000  # phones make 200 million
 MAX_IMAGE_SIDE = 65_535
+PILLOW_LIMIT = threading.Lock()  # while Pillow's own limit, a global of 179 million pixels, is lifted
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 DOWNLOAD_SECONDS = 30.0
 HTTP_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
@@ -84,40 +88,72 @@ UPRIGHT = {  # what undoes each orientation; 1 is upright
 }
 
 
-def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
+def load_image(source: str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image) -> Image.Image:
     """An RGB picture as a viewer would show it: upright, transparency on white, first frame.
 
-    `source` is a path, an http(s) address or a PIL image. Raises FileNotFoundError for a missing
-    file and ValueError, naming the source, for anything else that cannot be shown. A picture over
-    MAX_IMAGE_PIXELS is refused from its header, before memory is spent on decoding it.
+    `source` is a path (also `~/...` and `file://...`; `-` is standard input), an http(s) or data address, the
+    bytes of an image file, an open binary file, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, or a PIL image.
+    Raises FileNotFoundError for a missing file and ValueError, naming the source, for anything else that cannot
+    be shown. A picture over MAX_IMAGE_PIXELS is refused from its header, before memory is spent on decoding it.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(source, "image")
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"an image must be a path, an address or a PIL image, not a {type(source).__name__}")
-    name = os.fspath(source)
-    if HTTP_ADDRESS.match(name):
-        file = io.BytesIO(download(name))
-    elif re.match(r"\w+://", name):
-        raise ValueError(f"{name}: only http and https addresses are read")
-    elif not os.path.exists(name):
-        raise FileNotFoundError(f"{name}: no such image file")
-    elif not os.path.isfile(name):
-        raise ValueError(f"{name}: not a file, expected an image file")
-    else:
-        file = name
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+            found = f"{source.dtype} of shape {source.shape}"
+            raise ValueError(f"an image array is {found}, expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
+        return upright_rgb(Image.fromarray(np.ascontiguousarray(source)), "image array")
+    name, file = open_source(source)
     Image.init()  # fills Image.OPEN, so that formats this build of Pillow lacks are left out
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on odd metadata and on sizes below our own limit
+    with warnings.catch_warnings(), PILLOW_LIMIT:
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
+        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit follows
         try:
             image = Image.open(file, formats=formats)
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}") from error
         except Exception as error:  # decoders raise whatever a broken header makes them trip over
             raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
-        with image:
-            return upright_rgb(image, name)
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillow_limit
+    with image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return upright_rgb(image, name)
+
+
+def open_source(source: object) -> tuple[str, str | BinaryIO]:
+    """A name for errors, of at most 200 characters, and what Pillow can open."""
+    if isinstance(source, (bytes, bytearray)):
+        return "image bytes", io.BytesIO(source)
+    if hasattr(source, "read"):
+        return "image file object", io.BytesIO(source.read(MAX_DOWNLOAD_BYTES + 1))
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"an image must be a path, an address, bytes or a PIL image, not a {type(source).__name__}")
+    path = os.fspath(source)
+    name = path if len(path) <= 200 else f"{path[:200]}..."
+    if HTTP_ADDRESS.match(path):
+        return name, io.BytesIO(download(path))
+    if path[:5].lower() == "data:":
+        header, comma, payload = path.partition(",")
+        try:
+            if not comma or not header.lower().endswith(";base64"):
+                raise ValueError("expected data:image/...;base64,...")
+            return f"{header[:80]},...", io.BytesIO(base64.b64decode(payload, validate=True))
+        except ValueError as error:
+            raise ValueError(f"{header[:80]}: not a readable data address ({reason(error)})") from None
+    if path == "-":
+        return "standard input", io.BytesIO(sys.stdin.buffer.read(MAX_DOWNLOAD_BYTES + 1))
+    if path[:7].lower() == "file://":
+        path = urllib.request.url2pathname(path[7:].removeprefix("localhost"))
+    elif re.match(r"\w+://", path):
+        raise ValueError(f"{name}: only http, https, data and file addresses are read")
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name}: no such image file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name}: not a file, expected an image file")
+    return name, path
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -128,8 +164,14 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         limit = f"{MAX_IMAGE_PIXELS} pixels and {MAX_IMAGE_SIDE} a side"
         raise ValueError(f"{name}: {width} x {height} pixels, over the limit of {limit}")
+    stored = image.tile[0][3] if image.format == "PNG" and image.tile else None  # such as "L;4" or "RGB;16B"
     try:
         image.load()
+        transparent = image.info.get("transparency")
+        if stored in ("L;2", "L;4") and isinstance(transparent, int):  # the file's value, in its own scale
+            image.info["transparency"] = transparent * 255 // (2 ** int(stored[2]) - 1)
+        elif stored == "RGB;16B" and isinstance(transparent, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgb = to_rgb(image)
     except Exception as error:  # as above: truncated or damaged data raises many types
         raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
@@ -214,6 +256,7 @@ def read_url(url: str, deadline: float) -> bytes:
     """One GET, redirects followed as long as they stay http(s); `deadline` on time.monotonic's clock."""
     opener = urllib.request.build_opener(StayOnHttp)
     too_large = ValueError(f"more than the limit of {MAX_DOWNLOAD_BYTES} bytes")
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~-._")  # spaces and characters outside ASCII
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (deepseek-vl image loader)"})
     with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
         if (response.length or 0) > MAX_DOWNLOAD_BYTES:  # Content-Length, which a server need not send or keep to
@@ -668,7 +711,7 @@ SYSTEM_TEXT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user"
     " provides, and assist the user with a variety of tasks using natural language."
 )
-IMAGE_MARKER = re.compile("<image_placeholder>|<image>")
+IMAGE_MARKERS = ("<image_placeholder>", "<image>")  # of DeepSeek-VL, of DeepSeek-VL2
 ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -681,7 +724,7 @@ class Piece:
 
 
 def message_text(message: dict, marker: str) -> tuple[str, str, list]:
-    """A message's role (User, Assistant or System), its text with `marker` for each image, and its images.
+    """A message's role (User, Assistant or System), its text as it is, and its images.
 
     Content is either text with markers, images beside it, or a list of parts as transformers has it.
     """
@@ -692,14 +735,14 @@ def message_text(message: dict, marker: str) -> tuple[str, str, list]:
         raise ValueError(f"role {message['role']!r}: expected user, assistant or system")
     content, images = message["content"], message.get("images") or []
     if isinstance(content, str):
-        if isinstance(images, (str, os.PathLike, Image.Image)):
-            raise ValueError("the images of a message must be a list, even of one")
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"the images of a message must be a list, even of one, not a {type(images).__name__}")
         text = content.strip()
     elif isinstance(content, Sequence) and not images:
         text, images = join_parts(content, marker)
     else:
         raise ValueError("content must be text with images beside it, or a list of parts without")
-    return role, IMAGE_MARKER.sub(marker, text), list(images)
+    return role, text, list(images)
 
 
 def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
@@ -707,10 +750,13 @@ def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
     text, images, previous = "", [], None
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            sources = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+        if kind in ("image", "image_url"):  # transformers' and OpenAI's
+            sources = [part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
+            sources = [source.get("url") if isinstance(source, dict) else source for source in sources]
+            if isinstance(part.get("base64"), str):
+                sources.append(f"data:image;base64,{part['base64']}")
             if len(sources) != 1:
-                raise ValueError("a part of type image must have one of image, path and url")
+                raise ValueError("a part of type image must have one of image, path, url, image_url and base64")
             images += sources
             text += marker
         elif kind == "text" and isinstance(part.get("text"), str):
@@ -913,9 +959,16 @@ class Processor:
     def _pieces(self, conversation: Sequence[dict], system: str | None) -> tuple[list[Piece], list]:
         """The prompt in pieces, and the conversation's images in order."""
         messages, images = [], []
-        for index, message in enumerate(conversation):
-            role, text, message_images = message_text(message, self.image_token)
+        parsed = [message_text(message, self.image_token) for message in conversation]
+        count, other = sum(len(found) for _, _, found in parsed), IMAGE_MARKERS[not self.is_vl2]
+        own = sum(text.count(self.image_token) for _, text, _ in parsed)
+        theirs = sum(text.count(other) for _, text, _ in parsed)
+        for index, (role, text, message_images) in enumerate(parsed):
             images += message_images
+            if own != count or not count:  # the other generation's marker counts where this one's do not fit
+                text = text.replace(other, self.image_token)
+            if not own + theirs and message_images:  # no marker at all: the pictures come first
+                text = (self.image_token + "\n" * self.is_vl2) * len(message_images) + text
             if role != "System":
                 messages.append((role, text))
             elif index == 0 and system is None:
@@ -932,7 +985,9 @@ class Processor:
         pieces = (vl2_pieces if self.is_vl2 else vl_pieces)(system.strip(), messages, end)
         n_markers = sum(piece.text.count(self.image_token) for piece in pieces)
         if n_markers != len(images):
-            raise ValueError(f"the text has {n_markers} image markers, but {len(images)} images are given")
+            markers = f"{n_markers} image marker{'s' * (n_markers != 1)}"
+            given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
+            raise ValueError(f"the text has {markers}, but {given} given")
         if self.is_vl2 and any(self.image_token in piece.text for piece in pieces if piece.learnt):
             raise ValueError("an assistant's message holds an image, which DeepSeek-VL2 does not take")
         return pieces, images
@@ -960,7 +1015,13 @@ class Processor:
         pieces, sources = self._pieces(conversation, system)
         tokens, flags = self._tokenize(pieces, labels)
         tiled = len(sources) <= 2  # with more, DeepSeek-VL2 spends only one tile on each besides the whole
-        inputs = [self.image_inputs(load_image(source), tiled) for source in sources]
+        inputs = []
+        for index, source in enumerate(sources):
+            image = load_image(source)
+            try:
+                inputs.append(self.image_inputs(image, tiled))
+            except ValueError as error:
+                raise ValueError(f"image {index + 1} of {len(sources)}: {reason(error)}") from None
 
         ids, learnt = torch.tensor(tokens), torch.tensor(flags)
         repeats = torch.ones_like(ids)
@@ -993,11 +1054,23 @@ class Processor:
         Raises ValueError where image markers and images differ in number, where a prompt is longer
         than the model's context, and where a conversation or an image cannot be read.
         """
-        if not conversations:
+        if isinstance(conversations, dict):  # a message alone
+            conversations = [conversations]
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"system is a {type(system).__name__}, expected a text")
+        conversations = list(conversations) if isinstance(conversations, Iterable) else []
+        if not conversations or isinstance(conversations[0], str):
             raise ValueError("expected a conversation or a list of conversations, found an empty one")
         if isinstance(conversations[0], dict):
             conversations = [conversations]
-        rows = [self._row(conversation, system, labels) for conversation in conversations]
+        rows = []
+        for index, conversation in enumerate(conversations):
+            try:
+                rows.append(self._row(list(conversation), system, labels))
+            except (ValueError, TypeError) as error:
+                if len(conversations) == 1 and isinstance(error, ValueError):
+                    raise
+                raise ValueError(f"conversation {index + 1} of {len(conversations)}: {reason(error)}") from error
         shape = len(rows), max(len(ids) for ids, *_ in rows)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),

@@ -1,0 +1,135 @@
+"""What users bring: pictures and conversations in the shapes that other tools take."""
+
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, golden_model
+from PIL import Image
+
+from processor import Processor, load_image
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image = PICTURE) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "file object", "array", "grey array", "data address", "file address", "home"]
+)
+def test_pictures_of_every_kind(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b.png").write_bytes(png())
+    source = {
+        "bytes": png(),
+        "file object": io.BytesIO(png()),
+        "array": np.asarray(PICTURE),
+        "grey array": np.asarray(PICTURE.convert("L")),
+        "data address": "data:image/png;base64," + base64.b64encode(png()).decode(),
+        "file address": (tmp_path / "a b.png").as_uri(),
+        "home": "~/a b.png",
+    }[kind]
+    expected = PICTURE.convert("L").convert("RGB") if kind == "grey array" else PICTURE
+    assert np.array_equal(load_image(source), expected)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "data:image/png;base64," + "!" * 10**6,
+        "data:image/png," + "a" * 10**6,
+        "x" * 10**6,
+        "ftp://" + "x" * 10**6,
+        np.zeros((3, 4, 5, 6), dtype=np.uint8),
+        np.zeros((3, 4)),
+        b"no picture" * 10**5,
+        5,
+    ],
+    ids=["payload", "no base64", "path", "address", "dimensions", "dtype", "bytes", "number"],
+)
+def test_errors_do_not_repeat_their_input(source):
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_image(source)
+    assert 0 < len(str(caught.value)) < 400
+
+
+def written_png(bits: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "file, other",
+    [
+        (written_png(2, 0, bytes([0b01100000]), struct.pack(">H", 1)), 170),
+        (written_png(4, 0, bytes([0x5A]), struct.pack(">H", 5)), 170),
+        (written_png(16, 2, struct.pack(">6H", *[0x1234] * 3, *[0xAAAA] * 3), struct.pack(">3H", *[0x1234] * 3)), 170),
+    ],
+    ids=["2 bits", "4 bits", "16 bits RGB"],
+)
+def test_transparency_is_in_the_file_s_own_scale(file, other):
+    """The first of two pixels is the transparent one, and becomes white."""
+    assert np.asarray(load_image(file))[0, :, 0].tolist() == [255, other]
+
+
+def test_parts_of_other_tools():
+    tested = golden_model("vl-siglip")[1]
+    expected = tested([{"role": "user", "content": "<image>What?", "images": [PICTURE]}])
+    address = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for part in (
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "image_url", "image_url": address},
+        {"type": "image", "base64": base64.b64encode(png()).decode()},
+    ):
+        batch = tested([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["vl-siglip", "vl2-mla"])
+def test_markers(name):
+    """A checkpoint's own marker counts first; without any, the pictures come first."""
+    tested = Processor(golden(name).folder)
+    own, other = ("<image>", "<image_placeholder>") if tested.is_vl2 else ("<image_placeholder>", "<image>")
+
+    def prompt(content: str, images: int) -> str:
+        return tested.prompt([{"role": "user", "content": content, "images": [PICTURE] * images}])
+
+    assert f"{own}Is {other} a tag?" in prompt(f"{own}Is {other} a tag?", 1)
+    assert f"{own}What?" in prompt(f"{other}What?", 1)
+    assert prompt("What?", 2).count(own) == 2
+    with pytest.raises(ValueError, match="the text has 1 image marker, but 2 images are given"):
+        prompt(f"{other}What?", 2)
+
+
+def test_conversations_of_other_shapes():
+    tested = golden_model("vl-siglip")[1]
+    message = {"role": "user", "content": "Hello"}
+    expected = tested([message])["input_ids"]
+    for same in (message, (message,), iter([message]), [[message]]):
+        assert torch.equal(tested(same)["input_ids"], expected)
+    for wrong in (5, "Hello", [], [5], [message | {"images": 5}], [message | {"content": 5}]):
+        with pytest.raises(ValueError):
+            tested(wrong)
+    with pytest.raises(ValueError, match="system is a int, expected a text"):
+        tested([message], system=5)
+
+
+def test_a_batch_names_the_conversation_and_picture_at_fault():
+    tested = Processor(golden("vl2-mla").folder)
+    thin = Image.new("RGB", (4000, 1))
+    good = [{"role": "user", "content": "<image>a", "images": [PICTURE]}]
+    bad = [{"role": "user", "content": "<image><image>a", "images": [PICTURE, thin]}]
+    with pytest.raises(ValueError, match="conversation 2 of 2: image 2 of 2: an image of 4000 x 1 pixels is too thin"):
+        tested([good, bad])
