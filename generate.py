@@ -198,10 +198,10 @@ OPTIONS = {  # of `generate`: which values are valid, and how an error says that
 def check_options(**options: object) -> None:
     """Raise ValueError that names the first option out of its range."""
     for name, value in options.items():
-        valid, wanted = OPTIONS[name]
-        if not valid(value):
-            shown = f"{value:.6g}" if isinstance(value, float) else repr(value)[:80]
-            raise ValueError(f"{name} is {shown}, expected {wanted}")
+        if not OPTIONS[name][0](value):
+            long = isinstance(value, int) and value.bit_length() > 128
+            shown = f"{value.bit_length()} bits long" if long else repr(value)[:80]
+            raise ValueError(f"{name} is {shown}, expected {OPTIONS[name][1]}")
 
 
 # ---------------------------------------------------------------------------- generation
@@ -257,7 +257,7 @@ def decode(
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(int(seed))
 
-    logits = prefill(model, batch, mask, cache, chunk_size)
+    logits = prefill(model, batch, mask, cache, chunk_size and int(chunk_size))
     seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.long(), mask.long()) > 0  # no padding
     for step in range(steps):
         if not logits.isfinite().all():

@@ -1127,7 +1127,7 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
     Raises: ValueError for an image size that is not positive.
     """
     width, height = image_size
-    if width < 1 or height < 1:
+    if not (1 <= width < math.inf and 1 <= height < math.inf):
         raise ValueError(f"image_size is {image_size}, expected a positive width and height")
     boxes, label, tag = [], "", None
     for part in re.split(r"(<\|/?(?:ref|det)\|>)", text):

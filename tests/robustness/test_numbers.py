@@ -1,0 +1,83 @@
+"""Numbers that are none, and numbers of other types."""
+
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from conftest import copy_checkpoint, golden, golden_model
+from safetensors.torch import load_file, save_file
+
+from generate import generate
+from load_weights import load_model
+from processor import parse_boxes
+
+HELLO = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize("value", [3e4, float("nan"), float("inf")], ids=["overflow", "nan", "infinite"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 0}], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_are_one_error(value, options, tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.down_proj.weight"))
+    tensors[name] = tensors[name] * value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    batch = golden_model("vl-siglip")[1]([HELLO])
+    with pytest.raises(ValueError, match="logits are not finite in torch.float16: try bfloat16 or float32"):
+        generate(load_model(folder, dtype=torch.float16), batch, max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("ids", [[[10**6]], [[-1]]])
+def test_ids_beyond_the_vocabulary(ids):
+    model = golden_model("vl-siglip")[0]
+    for call in (lambda ids: model(input_ids=ids), lambda ids: generate(model, {"input_ids": ids})):
+        with pytest.raises(ValueError, match="input_ids reach from .* expected 0 to"):
+            call(torch.tensor(ids))
+
+
+WHOLE = ("max_new_tokens", "top_k", "seed", "chunk_size")
+REAL = ("temperature", "top_p", "repetition_penalty")
+
+
+VALUES = [10**400, -(10**5000), Decimal(1), "1", True, [1], 1j]
+
+
+@pytest.mark.parametrize("name", WHOLE + REAL)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_options_of_other_types_are_refused(name, value):
+    model, processor = golden_model("vl-siglip")
+    with pytest.raises(ValueError, match=f"^{name} is .*, expected ") as caught:
+        generate(model, processor([HELLO]), **({"max_new_tokens": 1} | {name: value}))
+    assert len(str(caught.value)) < 200
+
+
+def test_numpy_numbers_are_numbers():
+    model, processor = golden_model("vl-siglip")
+    options = {name: np.int64(1) for name in WHOLE} | {name: np.float32(0.5) for name in REAL}
+    plain = {name: 1 for name in WHOLE} | {name: 0.5 for name in REAL}
+    assert generate(model, processor([HELLO]), **options) == generate(model, processor([HELLO]), **plain)
+
+
+def test_boxes_of_no_image():
+    for size in ((float("inf"), 5), (0, 5), (float("nan"), 5)):
+        with pytest.raises(ValueError, match="image_size"):
+            parse_boxes("<|det|>[[1, 2, 3, 4]]<|/det|>", size)
+
+
+def test_towers_of_another_dtype():
+    """A tower in float32 beside a decoder in bfloat16, and all in float32 under autocast."""
+    for name in ("vl-hybrid", "vl2-mla"):
+        model, processor = load_model(golden(name).folder, dtype=torch.bfloat16), golden_model(name)[1]
+        batch = processor(golden(name).conversations[0])
+        model.vision.float()
+        model.aligner.float()
+        assert len(generate(model, batch, max_new_tokens=2)[0]) == 2
+        model = load_model(golden(name).folder, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            labels = batch["input_ids"].masked_fill(batch["images_seq_mask"], -100)
+            model(**batch, labels=labels).loss.backward()
+        grads = [parameter.grad for parameter in model.aligner.parameters()]
+        assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
