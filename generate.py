@@ -44,14 +44,15 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str):
-        fail(message[:300])
+        hint = "; pictures are given with --image" if message.startswith("unrecognized arguments: ") else ""
+        fail(message[:300] + hint)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Ask DeepSeek-VL about images; the answer streams to standard output.")
     add = parser.add_argument
-    add("--image", action="append", default=[], metavar="FILE", help="image file or http(s) address; may be repeated")
-    add("--prompt", help='the question (default: "Describe this image."); <image> marks where an image goes')
+    add("--image", action="append", default=[], metavar="FILE", help="file, address, or - (stdin); may be repeated")
+    add("--prompt", help='the question, or - (stdin); <image> marks where an image goes')
     add("--model", metavar="DIR", help="checkpoint folder (default: the small one in demo/checkpoint)")
     add("--system", metavar="TEXT", help="system text in place of the model's own")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
@@ -70,6 +71,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(arguments)
+    for name in ("prompt", "system"):
+        try:
+            (getattr(args, name) or "").encode()
+        except UnicodeEncodeError:
+            parser.error(f"--{name} is not valid UTF-8")
     if args.temperature == 0:
         for name, given in (("top-k", args.top_k != 0), ("top-p", args.top_p != 1), ("seed", args.seed is not None)):
             if given:
@@ -418,7 +424,7 @@ def matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def make_message(prompt: str | None, images: list[str]) -> dict:
-    """The user's message.
+    """The user's message; a prompt of "-" is read from standard input.
 
     Raises: ValueError where there is nothing to ask, or an image that cannot be read.
     """
@@ -426,10 +432,10 @@ def make_message(prompt: str | None, images: list[str]) -> dict:
         if not images:
             raise ValueError("nothing to do: give --image, --prompt or both")
         prompt = "Describe this image."
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("--prompt is not valid UTF-8") from None
+    if prompt == "-":
+        if "-" in images:
+            raise ValueError("--prompt and --image both read standard input, give a file for one")
+        prompt = sys.stdin.read()
     return {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
 
 
@@ -444,7 +450,7 @@ def check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"--save {error}") from None
     if args.model is None and not DEMO.is_dir():
         raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
-    if args.model is not None and not Path(args.model).is_dir():
+    if args.model is not None and (not args.model or not Path(args.model).expanduser().is_dir()):
         found = "is a file" if Path(args.model).is_file() else "is not there"
         raise ValueError(f"--model {args.model!r} {found}, expected a checkpoint folder")
     if args.boxes is not None:
@@ -477,7 +483,7 @@ def run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     check_options(**options)
     check_files(args)
-    folder = DEMO if args.model is None else Path(args.model)
+    folder = DEMO if args.model is None else Path(args.model).expanduser()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 

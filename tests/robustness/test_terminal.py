@@ -91,3 +91,28 @@ def test_warnings_are_no_part_of_the_first_command():
     command = [sys.executable, "-W", "error", str(ROOT / "generate.py"), "--image", str(ROOT / "demo/images/scene.png")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "Warning" not in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["photo.jpg"], "unrecognized arguments: photo.jpg; pictures are given with --image"),
+        ([*ASK, "--model", ""], "--model '' is not there, expected a checkpoint folder"),
+        ([*ASK, "--model", str(ROOT / "demo/checkpoint/config.json")], "is a file, expected a checkpoint folder"),
+        (["--prompt", b"\xff\xfe"], "--prompt is not valid UTF-8"),
+        (["--prompt", "-", "--image", "-"], "--prompt and --image both read standard input, give a file for one"),
+    ],
+    ids=["no option", "no model", "a file", "no text", "twice"],
+)
+def test_errors_name_the_option(arguments, message):
+    done = subprocess.run([*GENERATE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_prompt_and_picture_from_standard_input():
+    picture = (ROOT / "demo/images/scene.png").read_bytes()
+    command = [*GENERATE, "--image", "-", "--prompt", "What does the sign say?"]
+    asked = subprocess.run(command, input=picture, capture_output=True)
+    assert asked.stdout == b"It says PUSH.\n"
+    command = [*GENERATE, "--image", str(ROOT / "demo/images/scene.png"), "--prompt", "-"]
+    assert subprocess.run(command, input=b"What does the sign say?", capture_output=True).stdout == asked.stdout
