@@ -8,6 +8,7 @@ Prints a table: each kind of question, as the model is, and with SAM's features 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from scenes import TASKS, ask, change, draw, random_scene, tell
 
-from generate import DTYPES, Parser, fail, generate, pick_device, pick_dtype
+from generate import DTYPES, Parser, fail, generate, note, pick_device, pick_dtype
 from load_weights import load_model
 from model import DeepseekVL
 from processor import Processor
@@ -102,13 +103,18 @@ def main() -> None:
         processor = Processor(args.model)
     except (ValueError, OSError) as error:
         fail(str(error))
-    both = accuracy(model, processor, args.scenes, ALL_TASKS)
-    with without_high_resolution(model):
-        low_alone = accuracy(model, processor, args.scenes, ALL_TASKS)
+    rows, start = {}, time.perf_counter()
+    for done, task in enumerate(ALL_TASKS, start=1):
+        both = accuracy(model, processor, args.scenes, [task])[task]
+        with without_high_resolution(model):
+            rows[task] = both, accuracy(model, processor, args.scenes, [task])[task]
+        left = (time.perf_counter() - start) / done * (len(ALL_TASKS) - done)
+        note(f"{done} of {len(ALL_TASKS)} kinds, {left:.0f} s left")
+    note("")
     print(f"in {str(model.dtype).removeprefix('torch.')} on {device}, {args.scenes} questions of each kind:\n")
     print("| exactly right | SAM and SigLIP | SAM's features zeros |\n|---|---|---|")
-    for task in ALL_TASKS:
-        print(f"| {task} | {both[task]:.1%} | {low_alone[task]:.1%} |")
+    for task, (both, low_alone) in rows.items():
+        print(f"| {task} | {both:.1%} | {low_alone:.1%} |")
 
 
 if __name__ == "__main__":

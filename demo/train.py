@@ -195,7 +195,9 @@ class Run:
     def report(self, stage: Stage, loss: float, scores: dict[str, float]) -> None:
         """One line on the terminal and one in history.csv."""
         told = "".join(f"  {task} {share:.0%}" for task, share in scores.items())
-        print(f"{stage.name:9} {self.step:5}/{stage.steps}  {self.seconds:5.0f} s  loss {loss:.4f}{told}", flush=True)
+        left = self.seconds / max(self.step, 1) * (stage.steps - self.step)  # of this stage
+        spent = f"{self.seconds:5.0f} s, {left:.0f} left"
+        print(f"{stage.name:9} {self.step:5}/{stage.steps}  {spent}  loss {loss:.4f}{told}", flush=True)
         with self.history.open("a") as file:
             row = [stage.name, self.step, round(self.seconds), f"{loss:.4f}"]
             csv.writer(file, lineterminator="\n").writerow(row + [scores.get(name, "") for name in MEASURES])
