@@ -31,7 +31,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
@@ -48,7 +48,7 @@ def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def read_json(path: Path) -> dict:
@@ -66,8 +66,8 @@ def read_json(path: Path) -> dict:
 
 # --------------------------------------------------------------------------------------- 1. Pictures in
 
-# Raster formats whose decoders run nothing external and whose header states the size that will be
-# decoded. Pillow's others include EPS, which starts Ghostscript, and containers of other files.
+# Raster formats whose header states the decoded size and whose decoders start no other program.
+# Pillow also opens EPS, which starts Ghostscript, and containers of other files.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_IMAGE_PIXELS = 256_000_000  # phones make 200 million
 MAX_IMAGE_SIDE = 65_535
@@ -113,7 +113,7 @@ def load_image(source: str | os.PathLike | bytes | BinaryIO | np.ndarray | Image
             image = Image.open(file, formats=formats)
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}") from error
-        except Exception as error:  # decoders raise whatever a broken header makes them trip over
+        except Exception as error:  # decoders raise errors of many types on a broken header
             raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
@@ -173,7 +173,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         elif stored == "RGB;16B" and isinstance(transparent, tuple):
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgb = to_rgb(image)
-    except Exception as error:  # as above: truncated or damaged data raises many types
+    except Exception as error:  # and on truncated or damaged data
         raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
@@ -223,8 +223,8 @@ def grey_to_8bit(image: Image.Image) -> Image.Image:
 def download(url: str) -> bytes:
     """The body of an http(s) address, within MAX_DOWNLOAD_BYTES and DOWNLOAD_SECONDS in all.
 
-    A socket's timeout starts anew with every byte, so a server that drips could hold a reader for
-    ever. The request runs in a thread that is waited for no longer than the limit.
+    A socket's timeout restarts with every byte, so it does not stop a server that sends one byte at a time.
+    Therefore the request runs in a thread, and the caller waits for it no longer than DOWNLOAD_SECONDS.
     """
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     outcome: list[bytes | Exception] = []
@@ -333,7 +333,7 @@ def official_square(image: Image.Image, settings: PixelSettings) -> Image.Image:
 
 
 def transformers_square(image: Image.Image, settings: PixelSettings) -> Image.Image:
-    """The same as transformers computes it: rounded to nearest, where the official one rounds down."""
+    """The same as transformers computes it: sides are rounded to nearest, and not down as in official_square."""
     scale = settings.side / max(image.size)
     return letterbox(image, [max(round(side * scale), settings.min_size) for side in image.size], settings)
 
@@ -382,7 +382,7 @@ def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSe
 
 
 class Tokenizer:
-    """Text to token ids and back. What a subclass adds is `encode_text` and `token_bytes`.
+    """Text to token ids and back. A subclass defines `encode_text` and `token_bytes`.
 
     Added tokens (`<image>`, end of sentence, ...) are found in the raw text before anything else, the
     leftmost first and the longest of those that start there, in two passes as in the tokenizers
@@ -494,11 +494,11 @@ PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
 CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE_BYTES}
 CHAR_TO_BYTE |= {chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYTES)}
-# DeepSeek-LLM's vocabulary has these 13 only as added tokens, spelled as one character each. Added tokens
-# are matched in the text itself, so the letter `ü` (0xFC) becomes one of them and decodes to that lone byte.
+# These 13 bytes never occur in UTF-8. DeepSeek-LLM's vocabulary has them only as added tokens, one character each.
+# Added tokens are matched in the text itself, so the letter `ü` becomes the token of byte 0xFC and decodes to it.
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
-# The same words come again and again: ids of so many pieces, of so many characters, are kept.
+# Words repeat, so their ids are cached: for at most this many pieces, none longer than this many characters.
 MAX_KNOWN_PIECES = 2**16
 MAX_KNOWN_LENGTH = 128
 
@@ -517,6 +517,8 @@ class ByteLevelBPE(Tokenizer):
             model = spec["model"]
             check_layout(spec)
             super().__init__(dict(model["vocab"]), config)
+            if len(self.tokens) != len(self.ids):
+                raise ValueError("two tokens of the vocabulary have the same id")
             self.split_patterns = [split_pattern(step) for step in pre_tokenizer_steps(spec)]
             self.byte_ids = {byte: self.ids[char] for char, byte in CHAR_TO_BYTE.items() if byte not in NEVER_IN_UTF8}
             # (left id, right id) -> rank, and rank -> id of the merged token; a low rank is merged first
@@ -525,7 +527,8 @@ class ByteLevelBPE(Tokenizer):
             self.merged_ids = [self.ids[left + right] for left, right in merges]
             for token in spec["added_tokens"]:
                 content, id = token["content"], token["id"]
-                self.ids[content], self.tokens[id] = id, content
+                if self.ids.setdefault(content, id) != id or self.tokens.setdefault(id, content) != content:
+                    raise ValueError(f"added token {content[:80]!r} with id {id} contradicts another token")
                 (self.normalized_added if token["normalized"] else self.raw_added)[content] = id
                 if token["special"]:
                     self.special_ids.add(id)
@@ -582,6 +585,10 @@ class ByteLevelBPE(Tokenizer):
             return token.encode()
 
 
+def is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def check_layout(spec: dict) -> None:
     """Raises ValueError for a tokenizer.json with a part that ByteLevelBPE does not carry out.
 
@@ -590,8 +597,8 @@ def check_layout(spec: dict) -> None:
     model, normalizer, decoder = spec["model"], spec.get("normalizer"), spec.get("decoder")
     if model["type"] != "BPE":
         raise ValueError(f"model type {model['type']!r}, expected 'BPE'")
-    if not all(type(id) is int for id in model["vocab"].values()):
-        raise ValueError("a token of the vocabulary has an id that is not an integer")
+    if not all(is_token_id(id) for id in model["vocab"].values()):
+        raise ValueError("a token of the vocabulary has an id that is not a whole number from 0 to 2**31 - 1")
     for option in (
         "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
         "ignore_merges",
@@ -599,12 +606,13 @@ def check_layout(spec: dict) -> None:
         if model.get(option):
             raise ValueError(f"model option {option} = {model[option]!r} is not supported")
     for token in spec["added_tokens"]:
-        if type(token["content"]) is not str or type(token["id"]) is not int or not 0 <= token["id"] < 2**31:
-            raise ValueError(
-                f"added token {token['content']!r} has id {token['id']!r}, expected text and a whole number"
-            )
-        if token["single_word"] or token["lstrip"] or token["rstrip"]:
-            raise ValueError(f"added token {token['content']!r} with single_word, lstrip or rstrip is not supported")
+        text, id, name = token["content"], token["id"], f"added token {str(token['content'])[:80]!r}"
+        if not isinstance(text, str) or not text or not is_token_id(id):
+            raise ValueError(f"{name} has id {str(id)[:80]}, expected some text and a whole number")
+        if any(token[flag] is not False for flag in ("single_word", "lstrip", "rstrip")):
+            raise ValueError(f"{name} with single_word, lstrip or rstrip is not supported")
+        if not isinstance(token["normalized"], bool) or not isinstance(token["special"], bool):
+            raise ValueError(f"{name}: normalized or special is neither true nor false")
     if normalizer and normalizer.get("normalizers") != []:
         raise ValueError(f"normalizer {normalizer['type']!r}, expected none")
     if decoder and decoder["type"] != "ByteLevel":
@@ -612,19 +620,21 @@ def check_layout(spec: dict) -> None:
 
 
 def pre_tokenizer_steps(spec: dict) -> list[dict]:
-    """The steps that cut a text. ByteLevel without its flags cuts nothing: merge() starts from bytes anyway."""
+    """The steps before ByteLevel, which is last and cuts nothing: it only spells bytes, where merge() starts."""
     pre_tokenizer = spec["pre_tokenizer"]
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    if not any(step["type"] == "ByteLevel" for step in steps):
-        raise ValueError("a pre-tokenizer without ByteLevel")
-    return [step for step in steps if step["type"] != "ByteLevel" or step["add_prefix_space"] or step["use_regex"]]
+    if [index for index, step in enumerate(steps) if step["type"] == "ByteLevel"] != [len(steps) - 1]:
+        raise ValueError("expected a pre-tokenizer whose last step, and no other, is ByteLevel")
+    if steps[-1]["add_prefix_space"] is not False or steps[-1]["use_regex"] is not False:
+        raise ValueError("ByteLevel with add_prefix_space or use_regex is not supported")
+    return steps[:-1]
 
 
 def split_pattern(step: dict) -> re.Pattern:
     """One step of the pre-tokenizer as a pattern with one group around the whole match."""
-    if step["type"] == "Digits":
+    if step["type"] == "Digits" and isinstance(step["individual_digits"], bool):
         return re.compile(f"([{unicode_ranges()['N']}]{'' if step['individual_digits'] else '+'})")
-    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and step["invert"] is False:
         return re.compile(f"({python_regex(step['pattern']['Regex'])})", re.MULTILINE)  # Oniguruma's $: any line's end
     raise ValueError(f"pre-tokenizer step {json.dumps(step)[:200]} is not supported")
 
@@ -633,26 +643,55 @@ def split_pattern(step: dict) -> re.Pattern:
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
+# The regular expressions that are carried out: those of the released files, GPT-2 and Llama 3. Each construct below
+# means the same to Python as to Oniguruma, and no group can be repeated.
+ESCAPE = r"\\[rnt\\\[\](){}|?*+.^$/-]"
+CATEGORY = r"\\p\{[LMNPS]\}"
+CLASS_CHARACTER = rf"(?:{ESCAPE}|(?!&&|\|\||~~)[^\\\[\]-])"  # doubled, those three are or may become set operations
+REGEX_ITEM = re.compile(
+    rf"(?:\[\^?(?:{CLASS_CHARACTER}(?:-{CLASS_CHARACTER})?|\\s|{CATEGORY})+\]"  # a class
+    rf"|{CATEGORY}|\\[sS]|{ESCAPE}|[^\\\[\](){{}}|?*+.^$])"  # one character
+    r"(?P<count>[?*+]|\{\d(?:,\d)?\})?"
+    r"|\(\?!\\S\)|\$|\|"
+    r"|\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"  # no letters here fold to several, as ss to ß does
+)
+
+
 def python_regex(pattern: str) -> str:
-    """Oniguruma's syntax in Python's: \\p{L}, \\s, \\S as explicit ranges; what may differ in meaning is refused."""
-    in_class = False
+    """Oniguruma's syntax in Python's: \\p{L}, \\s, \\S as explicit ranges.
+
+    Raises ValueError for other constructs than REGEX_ITEM's, for a pattern that matches an empty text, and for one
+    that could take more than quadratic time: an alternative has at most three quantifiers, of which at most one
+    before its last item is * or +.
+    """
 
     def translate(match: re.Match) -> str:
-        nonlocal in_class
-        token = match[0]
-        if token == r"\s" or match["category"] in unicode_ranges():
-            ranges = WHITE_SPACE if token == r"\s" else unicode_ranges()[match["category"]]
-            return ranges if in_class else f"[{ranges}]"
-        if token == r"\S" and not in_class:
-            return f"[^{WHITE_SPACE}]"
-        letter_escape = token[0] == "\\" and token[1].isalnum() and token[1] not in "rnt"
-        if letter_escape or token == ("[" if in_class else "("):  # a nested class; a group that captures
-            raise ValueError(f"{token!r} in the pattern {pattern[:80]!r} is not supported")
-        if token in "[]":
-            in_class = token == "["
-        return token
+        if match["name"]:
+            ranges = unicode_ranges()[match["name"]]
+        elif match[0] in (r"\s", r"\S"):
+            ranges = WHITE_SPACE
+        else:
+            return match[0]
+        if not in_class:
+            return f"[^{ranges}]" if match[0] == r"\S" else f"[{ranges}]"
+        return ranges
 
-    return re.sub(r"\\p\{(?P<category>\w+)\}|\\.|[\[\]]|\((?!\?)", translate, pattern)
+    result, counts, start = "", [], 0
+    while start < len(pattern):
+        item = REGEX_ITEM.match(pattern, start)
+        if item is None:
+            raise ValueError(
+                f"a regular expression is not supported, or unterminated, from {pattern[start:][:40]!r} on"
+            )
+        counts = [] if item[0] == "|" else [*counts, item["count"]]
+        if len(counts) - counts.count(None) > 3 or sum(count in ("*", "+") for count in counts[:-1]) > 1:
+            raise ValueError(f"too many quantifiers in the regular expression {pattern[:80]!r}")
+        in_class = item[0].startswith("[")
+        result += re.sub(r"\\p\{(?P<name>.)\}|\\.", translate, item[0])
+        start = item.end()
+    if re.compile(result).match(""):
+        raise ValueError(f"the regular expression {pattern[:80]!r} matches an empty text")
+    return result
 
 
 @cache
@@ -801,51 +840,105 @@ VL2_SPECIAL_TOKENS = (
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
 
 
-def read_settings(folder: Path) -> dict:
-    """What a checkpoint's preprocessor_config.json and processor_config.json say, as one dict.
+MAX_INPUT_PIXELS = 2**24  # of the inputs that one picture becomes; the released models make 11 tiles of 384 x 384
+MAX_COUNT = 10**12
+
+
+class Settings:
+    """What JSON files of a checkpoint say. An error names the file and the key."""
+
+    def __init__(self, values: object = None, file: str = ""):
+        self.values: dict[str, object] = {}
+        self.files: dict[str, str] = {}  # of each key
+        self.add({} if values is None else values, file)
+
+    def add(self, values: object, file: str) -> None:
+        """The entries of a file; they replace those of the same key."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: expected an object, found a {type(values).__name__}")
+        self.values |= values
+        self.files |= dict.fromkeys(values, file)
+        self.last_file = file  # where a missing key should have been
+
+    def refuse(self, key: str, expected: str) -> None:
+        found = repr(self.values[key])[:80] if key in self.values else "missing"
+        raise ValueError(f"{self.files.get(key, self.last_file)}: {key} is {found}, expected {expected}")
+
+    def one_of(self, key: str, *choices: object) -> object:
+        """One of a few values; the first where the key is absent. 1 and 1.0 are not True."""
+        value = self.values.get(key, choices[0])
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            self.refuse(key, " or ".join(map(repr, choices)))
+        return value
+
+    def integer(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+        return self.numbers(key, (default,), 1, most, int)[0]
+
+    def numbers(self, key: str, default: tuple, least: float, most: float, kind: type = float) -> tuple:
+        """As many numbers as in `default`: a list, or one number alone. A `kind` of int refuses 3.0."""
+        value = self.values.get(key, default)
+        values = [value] if len(default) == 1 and key in self.values else value
+        fits = isinstance(values, (list, tuple)) and len(values) == len(default)
+        if not fits or not all(type(number) in (int, kind) and least <= number <= most for number in values):
+            name = "an integer" if kind is int else "a number" if len(default) == 1 else f"{len(default)} numbers"
+            self.refuse(key, f"{name} from {least} to {most}")
+        return tuple(values)
+
+
+def read_settings(folder: Path) -> Settings:
+    """What a checkpoint's preprocessor_config.json and processor_config.json say, as one.
 
     transformers 5 writes the image settings inside processor_config.json and ignores the other file then.
     """
-    settings = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            content = read_json(folder / name)
+    settings = Settings()
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.exists():
+            content = read_json(file)
             nested = content.pop("image_processor", None)
-            settings = {**settings, **content} if nested is None else {**nested, **content}
-    if not settings:
+            if nested is not None:
+                settings = Settings(nested, f"{file}: image_processor")
+            settings.add(content, str(file))
+    if not settings.files:
         raise FileNotFoundError(f"{folder}: expected a preprocessor_config.json or processor_config.json")
     return settings
 
 
-def read_pixels(settings: dict, size_key: str, default_size: int | None = None, prefix: str = "") -> PixelSettings:
-    """PixelSettings from a checkpoint's settings; raises ValueError naming the key that is not as expected."""
-    size = settings.get(size_key, default_size)
-    pixels = PixelSettings(
-        side=size["height"] if isinstance(size, dict) and size["height"] == size["width"] else size,
-        mean=tuple(settings.get(f"{prefix}image_mean", CLIP_MEAN)),
-        std=tuple(settings.get(f"{prefix}image_std", CLIP_STD)),
-        normalize=settings.get("do_normalize", True),
-        min_size=settings.get("min_size", 14),
-        resample=settings.get(f"{prefix}resample", Image.Resampling.BICUBIC),
-        rescale_factor=settings.get("rescale_factor", 1 / 255),
+def read_pixels(settings: Settings, defaults: PixelSettings, prefix: str = "") -> PixelSettings:
+    """PixelSettings of inputs of the defaults' side; `prefix` stands before the keys of the 7B's second tower."""
+    for key in ("do_resize", "do_rescale", "do_pad"):
+        settings.one_of(key, True)
+    return PixelSettings(
+        side=defaults.side,
+        mean=settings.numbers(f"{prefix}image_mean", defaults.mean, 0, 1),
+        std=settings.numbers(f"{prefix}image_std", defaults.std, 0.001, 1000),
+        normalize=settings.one_of("do_normalize", defaults.normalize, not defaults.normalize),
+        min_size=settings.integer("min_size", min(defaults.min_size, defaults.side), defaults.side),
+        resample=settings.one_of(f"{prefix}resample", int(defaults.resample), *range(6)),
+        rescale_factor=settings.numbers("rescale_factor", (defaults.rescale_factor,), 0, 1)[0],
     )
 
-    def small(value: object) -> bool:  # for a mean, a deviation or a factor of colours
-        return type(value) in (int, float) and 0 <= value <= 1000
 
-    expected = {
-        size_key: type(pixels.side) is int and 0 < pixels.side <= MAX_IMAGE_SIDE // 4,
-        f"{prefix}image_mean": len(pixels.mean) == 3 and all(small(mean) and mean <= 1 for mean in pixels.mean),
-        f"{prefix}image_std": len(pixels.std) == 3 and all(small(std) and std > 0 for std in pixels.std),
-        "do_normalize": type(pixels.normalize) is bool,
-        "min_size": type(pixels.min_size) is int and type(pixels.side) is int and 0 < pixels.min_size <= pixels.side,
-        f"{prefix}resample": pixels.resample in range(6),
-        "rescale_factor": small(pixels.rescale_factor),
-    } | {key: settings.get(key, True) is True for key in ("do_resize", "do_rescale", "do_pad")}
-    for key, fine in expected.items():
-        if not fine:
-            raise ValueError(f"{key} = {settings.get(key)!r} in the image processor's settings is not supported")
-    return pixels
+def read_side(settings: Settings, key: str, default: int | None = None) -> int:
+    """The side of a square input, written as one number or as its height and width."""
+    size = settings.values.get(key)
+    if isinstance(size, dict) and size.get("height") == size.get("width"):
+        settings.values[key] = size.get("height")
+    return settings.integer(key, default, math.isqrt(MAX_INPUT_PIXELS))
+
+
+def read_resolutions(settings: Settings) -> list[list[int]]:
+    """DeepSeek-VL2's candidate_resolutions, each a width and height in tiles of the first one's width."""
+    key = "candidate_resolutions"
+    sizes = settings.values[key]
+    if not isinstance(sizes, list) or not sizes:
+        settings.refuse(key, "a list of widths and heights")
+    for size in sizes:
+        pair = isinstance(size, list) and len(size) == 2 and all(type(length) is int and length > 0 for length in size)
+        if not pair or any(length % sizes[0][0] for length in size):
+            settings.refuse(key, f"widths and heights in whole tiles, not {str(size)[:80]}")
+        if size[0] * size[1] + sizes[0][0] ** 2 > MAX_INPUT_PIXELS:  # the tiles and the whole picture
+            settings.refuse(key, f"at most {MAX_INPUT_PIXELS} pixels, not {str(size)[:80]} and a tile")
+    return sizes
 
 
 class Processor:
@@ -872,14 +965,15 @@ class Processor:
                 f"{folder / 'config.json'}: model_type {self.model_type!r}, expected one of {', '.join(MODEL_TYPES)}"
             )
         settings = read_settings(folder)
-        self.mask_prompt = settings.get("mask_prompt", True)
+        self.mask_prompt = settings.one_of("mask_prompt", True, False)
         self.is_vl2 = self.model_type == "deepseek_vl_v2"
-        language = config.get("language_config") or config.get("text_config") or {}
-        try:
-            self.max_positions = int(language.get("max_position_embeddings", 2048))
-            self._read_image_settings(settings, config)
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{folder}: in config.json or the processor's files: {reason(error)}") from error
+        vision = Settings(config.get("vision_config"), f"{folder / 'config.json'}: vision_config")
+        key = "language_config" if config.get("language_config") else "text_config"
+        language = Settings(config.get(key), f"{folder / 'config.json'}: {key}")
+        self.max_positions = language.integer("max_position_embeddings", 2048)
+        if self.is_vl2 and not settings.values.get("candidate_resolutions"):
+            settings.add({"candidate_resolutions": config.get("candidate_resolutions")}, f"{folder / 'config.json'}")
+        self._read_image_settings(settings, hybrid=vision.values.get("cls") == "HybridVisionTower")
 
         self.tokenizer = load_tokenizer(folder)
         self.image_token = "<image>" if self.is_vl2 else "<image_placeholder>"
@@ -896,31 +990,43 @@ class Processor:
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else pad
 
-    def _read_image_settings(self, settings: dict, config: dict) -> None:
-        if settings.get("sft_format", "deepseek") != "deepseek" or settings.get("add_special_token"):
-            raise ValueError("sft_format must be 'deepseek' and add_special_token false in processor_config.json")
+    def _read_image_settings(self, settings: Settings, hybrid: bool) -> None:
+        settings.one_of("sft_format", "deepseek")
+        settings.one_of("add_special_token", False)
         if self.is_vl2:
-            self.candidate_resolutions = settings.get("candidate_resolutions") or config["candidate_resolutions"]
-            side = self.candidate_resolutions[0][0]
-            for size in self.candidate_resolutions:
-                pair = isinstance(size, list) and len(size) == 2 and all(type(length) is int for length in size)
-                if not pair or any(not 0 < length <= MAX_IMAGE_SIDE or length % side for length in size):
-                    raise ValueError(f"candidate_resolutions: {size!r}, expected a width and height in tiles of {side}")
-            half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": settings.get("normalize", True)}
-            self.pixels = read_pixels({**half, **settings, "tile": side}, "tile")
-            self.tile_tokens = math.ceil(side // settings["patch_size"] / settings["downsample_ratio"])
+            self.candidate_resolutions = read_resolutions(settings)
+            defaults = replace(
+                PIXELS["deepseek-vl2"],
+                side=self.candidate_resolutions[0][0],
+                normalize=settings.one_of("normalize", True, False),
+            )
+            self.pixels = read_pixels(settings, defaults)
+            patches = defaults.side // settings.integer("patch_size", most=defaults.side)
+            self.tile_tokens = math.ceil(patches / settings.integer("downsample_ratio"))
             return
         official = self.model_type == "multi_modality"
-        vision = config.get("vision_config") or {}
-        if official and vision.get("cls") == "HybridVisionTower":  # the model normalizes, for each of its towers
-            if settings.setdefault("do_normalize", False) is not False:
-                raise ValueError("do_normalize must be false: this model normalizes its pixels itself")
-        self.pixels = read_pixels(settings, "image_size") if official else read_pixels(settings, "size", 384)
+        side = read_side(settings, "image_size") if official else read_side(settings, "size", 384)
+        defaults = PixelSettings(side)
+        if official and hybrid:  # the model normalizes, for each of its towers
+            defaults = replace(defaults, normalize=settings.one_of("do_normalize", False))
+        self.pixels = read_pixels(settings, defaults)
         if self.model_type == "deepseek_vl_hybrid":
-            self.high_res_pixels = read_pixels(settings, "high_res_size", 1024, prefix="high_res_")
-        self.num_image_tokens = settings.get("num_image_tokens", IMAGE_TOKENS)
-        if type(self.num_image_tokens) is not int or self.num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens = {self.num_image_tokens!r}, expected a positive integer")
+            high = PixelSettings(read_side(settings, "high_res_size", 1024))
+            self.high_res_pixels = read_pixels(settings, high, prefix="high_res_")
+        self.num_image_tokens = settings.integer("num_image_tokens", IMAGE_TOKENS)
+
+    def image_tokens(self, size: tuple[int, int], tiled: bool = True) -> int:
+        """How many tokens a picture of this size takes."""
+        if not self.is_vl2:
+            return self.num_image_tokens
+        wide, high = self._tiles(size, tiled)
+        h = self.tile_tokens  # the grid of one tile is h x h; every row of a grid ends with a newline token
+        return h * (h + 1) + 1 + high * h * (wide * h + 1)  # whole picture, separator, tiles as one grid
+
+    def _tiles(self, size: tuple[int, int], tiled: bool) -> tuple[int, int]:
+        """How many tiles wide and high DeepSeek-VL2 makes of a picture."""
+        wide, high = best_resolution(size, self.candidate_resolutions) if tiled else (self.pixels.side,) * 2
+        return wide // self.pixels.side, high // self.pixels.side
 
     def image_inputs(self, image: Image.Image, tiled: bool = True) -> tuple[dict[str, Tensor], int]:
         """One RGB picture's tensors, each with the picture (or its tiles) first, and how many tokens it takes.
@@ -929,24 +1035,21 @@ class Processor:
         DeepSeek-VL2 pixel_values is (1 + tiles, 3, side, side), the whole picture first, and
         images_spatial_crop int64 (1, 2) says how many tiles wide and high; `tiled` False takes one.
         """
-        settings = self.pixels
+        settings, n_tokens = self.pixels, self.image_tokens(image.size, tiled)
         if self.is_vl2:
-            side = settings.side
-            resolution = best_resolution(image.size, self.candidate_resolutions) if tiled else (side, side)
-            pixels = torch.stack([to_tensor(tile, settings) for tile in cut_tiles(image, resolution, settings)])
-            wide, high = resolution[0] // side, resolution[1] // side
-            h = self.tile_tokens  # the grid of one tile is h x h; every row of a grid ends with a newline token
-            n_tokens = h * (h + 1) + 1 + high * h * (wide * h + 1)  # whole picture, separator, tiles as one grid
+            wide, high = self._tiles(image.size, tiled)
+            tiles = cut_tiles(image, (wide * settings.side, high * settings.side), settings)
+            pixels = torch.stack([to_tensor(tile, settings) for tile in tiles])
             return {"pixel_values": pixels, "images_spatial_crop": torch.tensor([[wide, high]])}, n_tokens
         if self.model_type == "multi_modality":
             square = official_square(image, settings)
-            return {"pixel_values": to_tensor(square, settings)[None]}, self.num_image_tokens
+            return {"pixel_values": to_tensor(square, settings)[None]}, n_tokens
         inputs = {}
         if self.model_type == "deepseek_vl_hybrid":
             image = transformers_square(image, self.high_res_pixels)  # SigLIP's input is made from SAM's, in 8 bits
             inputs["high_res_pixel_values"] = to_tensor(image, self.high_res_pixels)[None]
         inputs["pixel_values"] = to_tensor(transformers_square(image, settings), settings)[None]
-        return inputs, self.num_image_tokens
+        return inputs, n_tokens
 
     def prompt(self, conversation: Sequence[dict], system: str | None = None) -> str:
         """A conversation as one text, with one marker an image.
@@ -1000,7 +1103,7 @@ class Processor:
             ids, ends = [id for run in runs for id in run], accumulate(map(len, runs))
         else:
             *prefixes, text = accumulate(piece.text for piece in pieces)
-            # An answer starts with a space, where no token crosses: a prefix's ids begin the whole text's.
+            # No token crosses the space before an answer, so the ids of each prefix are the first ids of the text.
             ids = encode(text)
             ends = [*(len(encode(prefix)) for prefix in prefixes if labels), len(ids)]
         flags: list[bool] = []
@@ -1015,27 +1118,31 @@ class Processor:
         pieces, sources = self._pieces(conversation, system)
         tokens, flags = self._tokenize(pieces, labels)
         tiled = len(sources) <= 2  # with more, DeepSeek-VL2 spends only one tile on each besides the whole
-        inputs = []
+        repeats, inputs, length = [], [], len(tokens)
+        self._check_length(length)
         for index, source in enumerate(sources):
             image = load_image(source)
+            repeats.append(self.image_tokens(image.size, tiled))
+            length += repeats[-1] - 1
+            self._check_length(length)  # before pixels take memory
             try:
-                inputs.append(self.image_inputs(image, tiled))
+                inputs.append(self.image_inputs(image, tiled)[0])
             except ValueError as error:
                 raise ValueError(f"image {index + 1} of {len(sources)}: {reason(error)}") from None
 
-        ids, learnt = torch.tensor(tokens), torch.tensor(flags)
-        repeats = torch.ones_like(ids)
-        repeats[ids == self.image_token_id] = torch.tensor([n_tokens for _, n_tokens in inputs], dtype=torch.long)
-        length = int(repeats.sum())
-        if length > self.max_positions:
-            raise ValueError(
-                f"the prompt has {length} tokens, over the model's context of {self.max_positions}"
-                " (max_position_embeddings)"
-            )
-        ids, learnt = ids.repeat_interleave(repeats), learnt.repeat_interleave(repeats)  # (T,)
+        ids, learnt, counts = torch.tensor(tokens), torch.tensor(flags), torch.ones(len(tokens), dtype=torch.long)
+        counts[ids == self.image_token_id] = torch.tensor(repeats, dtype=torch.long)
+        ids, learnt = ids.repeat_interleave(counts), learnt.repeat_interleave(counts)  # (T,)
         is_image = ids == self.image_token_id
         ignored = is_image | ~learnt if self.mask_prompt else is_image
-        return ids, is_image, ids.masked_fill(ignored, IGNORED), [tensors for tensors, _ in inputs]
+        return ids, is_image, ids.masked_fill(ignored, IGNORED), inputs
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_positions:
+            raise ValueError(
+                f"the prompt has at least {length} tokens, over the model's context of {self.max_positions}"
+                " (max_position_embeddings)"
+            )
 
     def __call__(
         self,
@@ -1115,12 +1222,11 @@ class Box(NamedTuple):
 
 
 def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
-    """The boxes in an answer, tolerating malformed ones.
+    """The boxes in an answer; malformed ones are skipped.
 
-    Inside <|det|>, every innermost bracket of exactly four numbers is a box, if it is closed: where an
-    answer was cut off, so may its last number be. Corners may be swapped, and what reaches beyond the
-    image is cut at its edge. Anything else is passed over: other counts, other text, boxes without an
-    area. Nothing is evaluated.
+    Inside <|det|>, every innermost closed bracket of exactly four numbers is a box. An unclosed one is skipped,
+    because its last number may be cut off. Corners may be swapped, and boxes are cut at the image's edge.
+    Brackets of other contents and boxes without an area are skipped. Nothing is evaluated.
 
     Args:
         text: decoded with its special tokens; image_size: width and height in pixels.
@@ -1160,7 +1266,7 @@ BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")
 def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     """A copy of the image with each box outlined and its label beside it, inside the image.
 
-    A label goes above its box, else below, else into it; where another label is, it moves down, or up.
+    A label goes above its box, else below, else inside, and where it would cover another label, further down or up.
     """
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
