@@ -17,6 +17,7 @@ import argparse
 import codecs
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -452,7 +453,9 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
     if args.model is not None and (not args.model or not Path(args.model).expanduser().is_dir()):
         found = "is a file" if Path(args.model).is_file() else "is not there"
-        raise ValueError(f"--model {args.model!r} {found}, expected a checkpoint folder")
+        named = re.fullmatch(r"[\w.-]+/([\w.-]+)", args.model)  # as on Hugging Face
+        hint = f"; to have it: hf download {args.model} --local-dir {named[1]}" if named else ""
+        raise ValueError(f"--model {args.model[:200]!r} {found}, expected a checkpoint folder{hint}")
     if args.boxes is not None:
         file = Path(args.boxes)
         if not args.image:

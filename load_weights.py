@@ -31,8 +31,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import MODELS, DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
-from processor import Tokenizer, load_tokenizer, read_json
+from model import (
+    MODELS,
+    DeepseekVL,
+    ExpertsConfig,
+    LanguageConfig,
+    LatentConfig,
+    ModelConfig,
+    YarnConfig,
+    rope_angles,
+)
+from processor import Tokenizer, check_is_no_pointer, load_tokenizer, read_json
 from vision import HybridConfig, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
@@ -285,6 +294,9 @@ def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> 
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in LAYOUTS:
         raise ValueError(f"{file}: model_type is {kind!r}, expected one of {', '.join(LAYOUTS)}")
+    if values.get("quantization_config"):
+        method = str(Section(values, str(file)).section("quantization_config").values.get("quant_method"))[:40]
+        raise ValueError(f"{file}: quantization_config says {method}, only plain weights load; see --quantize")
     layout = LAYOUTS[kind]
     config = layout.read_config(Section(values, str(file)))
     check_sizes(config, file)
@@ -322,6 +334,12 @@ def check_sizes(config: ModelConfig, file: Path) -> None:
     for t in towers:
         check(t.width % t.heads == 0, f"vision width {t.width} is no multiple of {t.heads} heads")
         check(t.image_size >= t.patch_size, f"a {t.image_size} pixel image holds no {t.patch_size} pixel patch")
+    try:
+        finite = all(bool(part.isfinite().all()) for part in rope_angles(torch.ones(1, 1, device="cpu"), language))
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        raise ValueError(f"{file}: rope_theta and rope_scaling give rotations that are not finite")
 
 
 def find_token_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Any, tuple[int, ...]]:
@@ -417,6 +435,10 @@ VL2_NAMES = [
 ]
 
 
+FOREIGN_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, PEFT
+STRAY_BUFFERS = r".*\.rotary_emb\.inv_freq|.*\.position_ids"  # which older transformers wrote
+
+
 class Layout(NamedTuple):
     """One family of checkpoints: how to read its config, and its names."""
 
@@ -492,6 +514,7 @@ class WeightFile:
         self.path = path
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
+        check_is_no_pointer(path)
         try:
             if path.suffix == ".safetensors":
                 self._file = safe_open(path, framework="pt")
@@ -506,9 +529,13 @@ class WeightFile:
             raise ValueError(f"{path}: not a readable weight file ({reason})") from None
 
     def read(self, name: str) -> Tensor:
+        """Raises: ValueError for a dtype that torch lacks."""
         if isinstance(self._file, dict):
             return self._file[name]
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path}: tensor {name} cannot be read ({str(error)[:200]})") from None
 
 
 def names_of_tensors(pickled: Any) -> set[str]:
@@ -537,7 +564,9 @@ def open_weights(folder: Path) -> dict[str, WeightFile]:
             return dict.fromkeys(file.names, file)
         if index.exists():
             return open_shards(index)
-    raise ValueError(f"{folder}: no weights, expected model.safetensors or pytorch_model.bin, or shards and an index")
+    found = ", only a GGUF file" if any(folder.glob("*.gguf")) else ""
+    wanted = "model.safetensors or pytorch_model.bin, or shards and an index"
+    raise ValueError(f"{folder}: no weights{found}, expected {wanted}")
 
 
 def open_shards(index: Path) -> dict[str, WeightFile]:
@@ -567,9 +596,13 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
 
     missing = sorted(expected.keys() - files.keys())
     if missing:
+        prefix = next((prefix for prefix in FOREIGN_PREFIXES if prefix + missing[0] in files), None)
+        if prefix is not None:
+            raise ValueError(f"{folder}: tensors are named {prefix}..., save the model without what wrapped it")
         target = expected[missing[0]]
         raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
     unused = [re.escape(theirs).replace(r"\*", ".*") for theirs, ours in layout.names if ours == UNUSED]
+    unused.append(STRAY_BUFFERS)
     extra = sorted(name for name in files.keys() - expected.keys() if not re.fullmatch("|".join(unused), name))
     if extra:
         raise ValueError(f"{folder}: unexpected tensor {listed(extra)}, the model of config.json has no such part")
@@ -705,6 +738,19 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized())
 
 
+class NoGradient(torch.autograd.Function):
+    """The identity, for what a packed layer computes: its gradient is an error, and not silently missing."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, x: Tensor) -> Tensor:
+        """`x`, the layer's input, ties the result to the graph that would want a gradient."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        raise ValueError("a packed layer cannot learn: to train, load the model without pack and quantize")
+
+
 class Workspace:
     """One CPU buffer for converting weights to bfloat16, one after another.
 
@@ -757,10 +803,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both bfloat16."""
+        plain = x.detach()
         one = x.shape[:-1].numel() == 1  # as four equal rows it is faster: for one row, oneDNN uses no blocks
-        rows = x.reshape(1, -1).expand(4, -1).contiguous() if one else x
+        rows = plain.reshape(1, -1).expand(4, -1).contiguous() if one else plain
         out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        return out[:1].view(*x.shape[:-1], -1) if one else out
+        out = out[:1].view(*x.shape[:-1], -1) if one else out
+        return NoGradient.apply(out, x) if x.requires_grad else out
 
 
 class PackedQuantizedLinear(nn.Module):
@@ -811,10 +859,11 @@ class PackedQuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both in the scales' dtype."""
-        rows = x.flatten(0, -2)
+        rows = x.detach().flatten(0, -2)
         few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_dequantize
         out = self.multiply(rows) if few else self.dequantize_and_multiply(rows)
-        return out.view(*x.shape[:-1], -1)
+        out = out.view(*x.shape[:-1], -1)
+        return NoGradient.apply(out, x) if x.requires_grad else out
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The kernels. (rows, in) -> (rows, out)."""
@@ -934,7 +983,8 @@ def load_model(
     which are stacked): the file must then stay unchanged for as long as the model lives.
 
     Args:
-        dtype: of all weights; by default as stored (for files that mix: as the embedding).
+        dtype: of all weights; by default as stored (for files that mix: as the embedding), but float32 for a
+            float16 file on a CPU, which computes slowly in float16 and overflows early.
         quantize: "int8" or "int4": quantize the layers that `layers_to_quantize` names as they are read, so no
             more than one of them is there in 16 bits. Files that hold quantized layers need no such option.
         pack: as `pack` does, in less time and memory. Quantized layers that are not packed are dequantized at
@@ -944,12 +994,21 @@ def load_model(
     Raises: ValueError that names the file, key or tensor, and what was expected.
     """
     folder = Path(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZATIONS)}")
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)
+    last = f"language.layers.{config.language.num_hidden_layers - 1}.input_layernorm.weight"
+    (last,) = checkpoint_names(last, layout.names)
+    if last not in files and not any(prefix + last in files for prefix in FOREIGN_PREFIXES):
+        shape = [config.language.hidden_size]  # found before thousands of layers are built
+        raise ValueError(f"{folder}: missing tensor {last}, expected shape {shape}")
     head = checkpoint_names("lm_head.weight", layout.names)[0]
     if head in files:  # a head that is in the file is its own tensor, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
@@ -970,6 +1029,8 @@ def load_model(
     if dtype is None:
         embedding = checkpoint_names("language.embed_tokens.weight", layout.names)[0]
         dtype = files[embedding].read(embedding).dtype
+        if dtype == torch.float16 and torch.device(device).type == "cpu":
+            dtype = torch.float32
 
     modules, workspace, done = by_module(expected), Workspace(), 0
     for name, parameters in modules.items():
@@ -1060,7 +1121,8 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
 
     Args:
         dtype: to write in; by default as the weights are.
-    Raises: ValueError where the folder's config describes another model, and for a packed model.
+    Raises: ValueError where the folder's config describes another model, for a packed model, and for a tensor that
+        no checkpoint has a place for or that is not finite in `dtype`; OSError where nothing can be written.
     """
     if any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
@@ -1070,6 +1132,17 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     if replace(config, language=replace(config.language, tie_word_embeddings=tied)) != model.config:
         raise ValueError(f"{folder / 'config.json'}: describes another model than the one to be saved")
     parameters = model.state_dict()
+    with torch.device("meta"):
+        fresh = DeepseekVL(model.config)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            replace_module(fresh, name, module)
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    for name in sorted(shapes.keys() | parameters.keys()):
+        found = list(parameters[name].shape) if name in parameters else "none"
+        if name not in shapes or found != list(shapes[name]):
+            wanted = list(shapes[name]) if name in shapes else "none: a checkpoint has no place for it"
+            raise ValueError(f"tensor {name} of the model has shape {found}, expected {wanted}")
     parts: dict[str, Iterator[Tensor]] = {}  # of parameters that the checkpoint holds in several tensors
     tensors = {}
     for name, target in expected_tensors(model, layout, set()).items():
@@ -1077,13 +1150,19 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         rows = parts.setdefault(target.parameter, iter(parameter.view(-1, *target.shape)))
         tensor = next(rows)
         tensors[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"tensor {target.parameter} is not finite in {tensors[name].dtype}, nothing is written")
     if tied:
         del tensors[checkpoint_names("lm_head.weight", layout.names)[0]]
     unfinished = folder / f".{os.getpid()}.model.safetensors"
     try:
+        unfinished.touch()  # with the mode that other files get, which save_file would not give
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from None
+        unfinished.chmod(mode)
+    except (SafetensorError, OSError) as error:  # a full disk, a folder that is read-only
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({reason})") from None
     else:
         unfinished.replace(folder / "model.safetensors")
     finally:
@@ -1100,14 +1179,16 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
     source, path = Path(source), Path(path)
     check_new_folder(path)
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    unfinished.mkdir()
     try:
+        unfinished.mkdir()
         for file in sorted(source.iterdir()):
             describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
             if describes or file.name == "tokenizer.model":
                 shutil.copyfile(file, unfinished / file.name)
         save_model(model, unfinished)
         unfinished.rename(path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

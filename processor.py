@@ -51,10 +51,18 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def check_is_no_pointer(path: Path) -> None:
+    """Raise ValueError for the small text that a clone without git-lfs has in a large file's place."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{path}: a git-lfs pointer and not the file it stands for, run `git lfs pull`")
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises FileNotFoundError or ValueError, naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_is_no_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -94,13 +94,13 @@ def attention(
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # (B, H, T, S)
     if causal:
-        bias = causal_bias(*scores.shape[-2:]).to(q)
+        bias = causal_bias(*scores.shape[-2:], q)
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
-def causal_bias(T: int, S: int) -> Tensor:
+def causal_bias(T: int, S: int, like: Tensor) -> Tensor:
     """(T, S): 0 where one of the last T tokens sees one of S, itself and all before it; elsewhere minus infinity."""
-    return torch.full((T, S), -torch.inf).triu(S - T + 1)
+    return like.new_full((T, S), -torch.inf).triu(S - T + 1)
 
 
 SCORES_AT_ONCE = 2**20  # 2 MiB in bfloat16, for each of a few temporaries that stay in a CPU's caches
@@ -128,7 +128,7 @@ def fast_attention(
         out = [attention(*(t.to(dtype) for t in part), bias, scale=scale) for part in parts]
         return torch.cat(out, dim=1).to(q.dtype).view(B, H, T, -1)
     if causal and 1 < T < S:
-        bias = causal_bias(T, S).to(q)
+        bias = causal_bias(T, S, q)
     fused = F.scaled_dot_product_attention
     return fused(q, k, v, bias, is_causal=causal and 1 < T == S, scale=scale, enable_gqa=H != G)
 

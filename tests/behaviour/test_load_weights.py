@@ -203,18 +203,18 @@ def test_unused_tensors_may_be_missing_and_weights_in_shards(name, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes(dtype):
-    """By default the file's own, float16."""
+    """By default the file's own, but float32 for a float16 file on a CPU."""
     folder = golden("vl-hybrid").folder
-    model, stored = load_model(str(folder), dtype=dtype), load_model(folder)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.float16}
-    assert_same_weights(model, stored.to(dtype or torch.float16))
+    model, stored = load_model(str(folder), dtype=dtype), load_model(folder, dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.float32}
+    assert_same_weights(model, stored.to(dtype or torch.float32))
 
 
 def test_a_file_of_mixed_dtypes_takes_the_embedding_s(tmp_path):
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
     tensors = read_tensors(folder / "model.safetensors")
     write_weights(folder, {name: tensor.double() if "norm" in name else tensor for name, tensor in tensors.items()})
-    assert {parameter.dtype for parameter in load_model(folder).parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in load_model(folder).parameters()} == {torch.float32}
 
 
 def test_a_dtype_that_is_no_float():
@@ -322,8 +322,8 @@ def test_saving_in_another_dtype(small_pair, tmp_path):
     pair = small_pair("siglip")
     pair.theirs.save_pretrained(tmp_path)
     save_model(pair.ours, tmp_path, torch.float16)  # over an older file
-    saved = load_model(tmp_path)
-    assert saved.dtype == torch.float16
+    saved = load_model(tmp_path, dtype=torch.float16)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "model.safetensors").values()} == {torch.float16}
     assert torch.equal(saved.lm_head.weight, pair.ours.lm_head.weight.half())
 
 
@@ -369,7 +369,7 @@ def test_at_the_file_s_dtype_nothing_is_copied(suffix, tmp_path):
     """Every parameter lies in the mapped file itself."""
     folder = copy_checkpoint("vl-hybrid", tmp_path / "model")
     write_weights(folder, read_tensors(folder / "model.safetensors"), suffix)
-    model = load_model(folder)
+    model = load_model(folder, dtype=torch.float16)
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f".{suffix}")]
     mapped = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines if str(folder) in line]
     for name, parameter in model.named_parameters():
@@ -380,7 +380,7 @@ def test_at_the_file_s_dtype_nothing_is_copied(suffix, tmp_path):
 def test_private_memory_while_loading(tmp_path):
     """Nothing at the file's own dtype; otherwise the model in its last form, and no more."""
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
-    vocabulary, slack = 2**19, 20 * 2**20
+    vocabulary, slack = 2**19, 28 * 2**20
     edit_json(folder / "config.json", {"language_config.vocab_size": vocabulary})
     tensors = read_tensors(folder / "model.safetensors")
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
@@ -388,7 +388,7 @@ def test_private_memory_while_loading(tmp_path):
     write_weights(folder, tensors, shards=2)
     del tensors
     with MostPrivateBytes() as as_stored:
-        model = load_model(folder)
+        model = load_model(folder, dtype=torch.float16)
     size = sum(parameter.nbytes for parameter in model.parameters())  # head and embedding are 64 MiB each
     assert size > 128 * 2**20
     assert as_stored.growth < slack

@@ -1,0 +1,124 @@
+"""Checkpoint folders as users have them: half downloaded, quantized elsewhere, saved from a wrapper."""
+
+import json
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, copy_checkpoint, golden
+from safetensors.torch import load_file, save_file
+
+from load_weights import load_model
+from processor import Processor
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 4000000000\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return copy_checkpoint("vl-siglip", tmp_path / "model")
+
+
+def edit(folder, change) -> None:
+    """Change config.json, as a dict."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_told(name, folder):
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name}: a git-lfs pointer and not the file .*, run `git lfs pull`"):
+        Processor(folder)
+        load_model(folder)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", None])
+def test_weights_that_others_quantized(method, folder):
+    edit(folder, lambda config: config.update(quantization_config={"quant_method": method, "bits": 4}))
+    with pytest.raises(ValueError, match=f"config.json: quantization_config says {method}, only plain weights load"):
+        load_model(folder)
+
+
+def test_a_gguf_file_alone(folder):
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    with pytest.raises(ValueError, match="no weights, only a GGUF file, expected model.safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_names_that_a_wrapper_left(prefix, folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"tensors are named {prefix}..., save the model without what wrapped it"):
+        load_model(folder)
+
+
+def test_stray_buffers_are_passed_over(folder):
+    tensors = load_file(folder / "model.safetensors")
+    plain = load_model(folder)
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["vision_model.vision_tower.embeddings.position_ids"] = torch.arange(9)
+    save_file(tensors, folder / "model.safetensors")
+    again = load_model(folder)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), again.parameters(), strict=True))
+
+
+def test_a_name_of_the_hub_tells_how_to_download():
+    command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "a", "--model"]
+    done = subprocess.run([*command, "deepseek-ai/deepseek-vl-1.3b-chat"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "hf download deepseek-ai/deepseek-vl-1.3b-chat --local-dir deepseek-vl-1.3b-chat" in done.stderr
+
+
+def test_thousands_of_layers_are_not_built(folder):
+    edit(folder, lambda config: config["language_config"].update(num_hidden_layers=19_999))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"missing tensor language_model.model.layers.19998.input_layernorm.weight"):
+        load_model(folder)
+    assert time.process_time() - start < 5  # of this process alone: building them takes half a minute
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_theta": 1}, {"beta_fast": 5e-324}, {"beta_slow": 5e-324}, {"factor": 1e300}, {"mscale": 1e300}],
+    ids=str,
+)
+def test_rotations_that_are_none(changes, tmp_path):
+    folder = copy_checkpoint("vl2-mla", tmp_path / "model")
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+    def change(config):
+        config["language_config"]["rope_scaling"] = scaling | {k: v for k, v in changes.items() if k != "rope_theta"}
+        config["language_config"]["rope_theta"] = changes.get("rope_theta", 10000.0)
+
+    edit(folder, change)
+    with pytest.raises(ValueError, match="config.json"):
+        load_model(folder)
+
+
+def test_dtypes_that_torch_lacks(folder):
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    name = next(name for name, entry in header.items() if name != "__metadata__" and entry["shape"][0] % 4 == 0)
+    start, end = header[name]["data_offsets"]
+    header[name] |= {"dtype": "F6_E2M3", "shape": [(end - start) * 8 // 6 // 4 * 4]}
+    packed = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(packed)) + packed + raw[8 + length :])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "no such device"])
+def test_a_device_that_is_not_here(device):
+    with pytest.raises(ValueError, match=f"device {device} is not to be had here"):
+        load_model(golden("vl-siglip").folder, device=device)

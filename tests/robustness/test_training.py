@@ -1,0 +1,120 @@
+"""Training and saving, as users of other models do it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, copy_checkpoint, golden, golden_model
+from torch import nn
+
+from load_weights import PackedLinear, PackedQuantizedLinear, load_model, save_model
+
+
+def learnable(name: str = "vl-hybrid") -> dict:
+    batch = golden_model(name)[1](golden(name).conversations[0])
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["images_seq_mask"], -100)}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_is_packed_says_that_it_cannot_learn(quantize):
+    dtype = torch.float32 if quantize else torch.bfloat16
+    model = load_model(ROOT / "demo/checkpoint", dtype=dtype, quantize=quantize, pack=True)
+    if not any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
+        pytest.skip("this machine's CPU has no packed kernels for this")
+    ids = torch.arange(20)[None]
+    assert model(input_ids=ids).logits.isfinite().all()  # also where gradients are enabled
+    with pytest.raises(ValueError, match="a packed layer cannot learn: to train, load the model without pack"):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_quantized_layers_pass_gradients_on():
+    """Their own weights are buffers and stay; what lies below them learns."""
+    plain = load_model(golden("vl-hybrid").folder, dtype=torch.float32)
+    model = load_model(golden("vl-hybrid").folder, dtype=torch.float32, quantize="int8")
+    for tested in (plain, model):
+        tested(**learnable()).loss.backward()
+    for ours, theirs in zip(model.aligner.parameters(), plain.aligner.parameters()):
+        assert torch.nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.99
+
+
+class Wrapped(nn.Module):
+    """A linear layer with a low-rank addition, as LoRA wraps it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def wrapped(model):
+    model.language.layers[0].mlp.up_proj = Wrapped(model.language.layers[0].mlp.up_proj)
+
+
+def too_large(model):
+    model.language.norm.weight.data[0] = 1e30
+
+
+def reshaped(model):
+    model.language.norm.weight = nn.Parameter(torch.ones(3))
+
+
+def not_a_number(model):
+    model.lm_head.weight.data[1, 2] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (wrapped, r"tensor language.layers.0.mlp.up_proj.\S+ .*"),
+        (too_large, "tensor language.norm.weight is not finite in torch.float16, nothing is written"),
+        (reshaped, r"tensor language.norm.weight of the model has shape \[3\], expected"),
+        (not_a_number, "tensor lm_head.weight is not finite in torch.float16"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_written(change, message, tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_model(folder)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        save_model(model, folder, dtype=torch.float16)
+    assert (folder / "model.safetensors").read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_saved_weights_have_the_mode_of_other_files(tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    (folder / "other").touch()
+    save_model(load_model(folder), folder)
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "other").stat().st_mode
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    model = load_model(folder)
+    folder.chmod(0o555)
+    with pytest.raises(OSError, match="model.safetensors: cannot be written") as caught:
+        save_model(model, folder)
+    assert str(os.getpid()) not in str(caught.value)
+
+
+def test_the_fine_tuning_loop_of_readme(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (loop,) = (block for block in blocks if "save_model" in block)
+    subprocess.run(["cp", "-r", str(ROOT / "demo/checkpoint"), str(tmp_path / "tuned")], check=True)
+    loop = loop.replace('"tuned"', repr(str(tmp_path / "tuned"))).replace("range(100)", "range(4)")
+    done = subprocess.run([sys.executable, "-c", loop], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line) for line in done.stdout.split()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    changed = load_model(tmp_path / "tuned").state_dict()
+    original = load_model(ROOT / "demo/checkpoint").state_dict()
+    for name, tensor in original.items():
+        assert torch.equal(changed[name], tensor) == name.startswith("vision."), name
+
+
