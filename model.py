@@ -767,7 +767,7 @@ class DeepseekVL(nn.Module):
         places, count = int(images_seq_mask.sum()), sum(len(feature) for feature in features)
         if places != count:
             found = f"{count} image features" if count else "no pixel_values"
-            raise ValueError(f"{found} for {places} image tokens in input_ids; is its processor file the model's?")
+            raise ValueError(f"{found} for {places} image tokens in input_ids; does processor_config.json fit?")
         joined = torch.cat([embeddings.new_empty(0, embeddings.shape[-1]), *features]).to(embeddings)
         return embeddings.masked_scatter(images_seq_mask.to(self.device)[..., None], joined)
 

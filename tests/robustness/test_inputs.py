@@ -1,8 +1,11 @@
 """What users bring: pictures and conversations in the shapes that other tools take."""
 
 import base64
+import http.server
 import io
 import struct
+import threading
+import urllib.parse
 import zlib
 
 import numpy as np
@@ -133,3 +136,39 @@ def test_a_batch_names_the_conversation_and_picture_at_fault():
     bad = [{"role": "user", "content": "<image><image>a", "images": [PICTURE, thin]}]
     with pytest.raises(ValueError, match="conversation 2 of 2: image 2 of 2: an image of 4000 x 1 pixels is too thin"):
         tested([good, bad])
+
+
+@pytest.mark.parametrize("path", ["/a b.png", "/ä/图.png?q=ü x", "/a%20b.png"])
+def test_addresses_with_any_character(path):
+    """Spaces and characters outside ASCII are escaped; what is escaped already stays."""
+    asked = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(urllib.parse.unquote(self.path))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request).start()
+        assert np.array_equal(load_image(f"http://127.0.0.1:{server.server_port}{path}"), PICTURE)
+    assert asked == [urllib.parse.unquote(path)]
+
+
+def test_a_registered_opener_is_used(tmp_path, monkeypatch):
+    """HEIC files of phones, where a package such as pillow-heif has registered its opener."""
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    opened = Image.OPEN["PNG"][0]
+    Image.register_open("HEIF", lambda file, name: opened(io.BytesIO(png()), name), lambda start: start[4:8] == b"ftyp")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    assert np.array_equal(load_image(tmp_path / "a.heic"), PICTURE)
+
+
+def test_a_phone_s_200_megapixels(tmp_path):
+    Image.new("1", (16_320, 12_240)).save(tmp_path / "large.png")
+    assert load_image(tmp_path / "large.png").size == (16_320, 12_240)
