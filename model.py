@@ -88,7 +88,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN: rope stretched to `factor` times the context it was trained for."""
+    """YaRN, which none of the released models sets: rope stretched to `factor` times the context it was trained for."""
 
     factor: float
     original_max_position_embeddings: int = 4096
@@ -172,12 +172,12 @@ MODELS = {
             num_key_value_heads=16, max_position_embeddings=4096, latent=LatentConfig(), experts=ExpertsConfig(),
         ),
     ),
-    "deepseek-vl2": ModelConfig(
+    "deepseek-vl2": ModelConfig(  # base
         vision=SIGLIP_SO400M,
         tiles=TileConfig(),
         language=LanguageConfig(
             vocab_size=129280, hidden_size=2560, intermediate_size=12288, max_position_embeddings=4096,
-            head_dim=80,  # of plain attention, which this model does not use
+            head_dim=80,  # 2560 / 32, as the config reader computes it; latent attention does not read it
             latent=LatentConfig(),
             experts=ExpertsConfig(
                 n_routed_experts=72, moe_intermediate_size=1536, topk_method="noaux_tc", scoring_func="sigmoid",
@@ -239,8 +239,8 @@ def yarn_frequencies(frequencies: Tensor, config: LanguageConfig) -> Tensor:
     yarn, d = config.yarn, config.rope_dim
 
     def pair_that_turns(times: float) -> float:
-        wavelengths = yarn.original_max_position_embeddings / (times * 2 * math.pi)
-        return d * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+        inverse_frequency = yarn.original_max_position_embeddings / (times * 2 * math.pi)
+        return d * math.log(inverse_frequency) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
@@ -321,8 +321,9 @@ class KVCache:
     Plain attention: their rotated keys, and their values, (B, G, capacity, d) each. Latent
     attention: their latent and one rotated key, side by side, (B, 1, capacity, R + rope).
 
-    Memory for `capacity` tokens is taken once, so no step copies what is there. Position `length` is
-    where the next token goes, in every row of the batch: shorter rows are padded on the left.
+    Memory for `capacity` tokens is taken once, so no step copies what is there. The next token goes to
+    place `length`, in every row of the batch: shorter rows are padded on the left. The 7B caches
+    30 layers x 2 x 32 heads x 128 = 245,760 values a token, VL2 small 27 x 576 = 15,552.
 
     With `fixed_shape`, a step of one token attends to all places, and a bias hides those not yet
     written. Then nothing but values changes from step to step, as compiled code needs it.
@@ -395,7 +396,7 @@ class Attention(nn.Module):
         """
         Args:
             x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2), of x's dtype.
-            bias: (B, 1, T, S), see `padded_bias`; None where nothing is padding.
+            bias: (B, 1, T, S), see `padded_bias`; None where causal attention over all S says it all.
         Returns: (B, T, D).
         """
         q, k, v = (
@@ -472,6 +473,8 @@ class LatentAttention(nn.Module):
         Multiplications a head:                expanded               absorbed
             into and out of the latent space   S R (nope + v)         T R (nope + v)
             attention                          T S (nope + rope + v)  T S (2 R + rope)
+
+        So a decode step is absorbed, and a prompt expanded. (What fills v up to the keys' width is not counted.)
         """
         R, nope_and_v = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
         return T * S * (2 * R - nope_and_v) < (S - T) * R * nope_and_v
@@ -551,7 +554,7 @@ class Router(nn.Module):
         return experts, weights * c.routed_scaling_factor
 
     def within_best_groups(self, preference: Tensor) -> Tensor:
-        """Experts stand in groups, one for each device of a cluster; outside the best groups they get 0.
+        """Experts stand in groups (one in all released models); outside the best groups they get 0.
 
         A group is as good as its best expert, or under noaux_tc as its best two together. The others'
         scores become 0, not minus infinity, as in the original, though a score plus its bias may be less.
@@ -632,7 +635,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(
+        self.embed_tokens = nn.Embedding.from_pretrained(  # nn.Embedding would draw from a wider distribution
             random_parameter(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -833,11 +836,12 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Collect what the parts of `model` compute while the `with` block runs.
 
     Yields a dict that each forward pass fills anew:
-        "vision.blocks.0", "vision", "aligner", "language.layers.3", "language": the output of each of RECORDED
-            under its name; of a decoder the normalized last hidden state, of a router experts and weights
+        "vision.blocks.0", "vision" (7B: "vision.high", "vision.low"), "aligner", "language.layers.3", "language":
+            the output of each of RECORDED; of a decoder the normalized last hidden state, of a router experts
+            and weights
         "language.embeddings": what the decoder was given, (B, T, D)
-        "language.layers.3.self_attn": the weights of every attention, (B, H, T, S); in SAM's windowed layers B
-            counts windows
+        "language.layers.3.self_attn", "vision.blocks.0.attn": the weights of every attention, (B, H, T, S); in SAM's
+            windowed layers B counts windows
     Attention is then written out, so a record takes time and memory.
     """
     recorded: dict[str, Any] = {}

@@ -16,7 +16,7 @@ Read top to bottom, each part is met just before it is used:
 Shape letters:
 
     B  batch of images or tiles   H  attention heads   d  width of a head, D = H * d
-    N  patches of one, N = g * g  D  width of a token  C  channels, or a width given by the other side
+    N  patches of one, N = g * g  D  width of a token  C  channels, or the width of the module before or after
     g  patches along a side       s  tokens along a tile's side, after folding (VL2)
 
 In the attention of SAM's windows B counts windows, and g and N are of a window.
@@ -103,34 +103,35 @@ def causal_bias(T: int, S: int, like: Tensor) -> Tensor:
     return like.new_full((T, S), -torch.inf).triu(S - T + 1)
 
 
-SCORES_AT_ONCE = 2**20  # 2 MiB in bfloat16, for each of a few temporaries that stay in a CPU's caches
+SCORES_AT_ONCE = 2**20  # in one block: 2 MiB in bfloat16, of which a CPU's caches hold a few
 
 
 def fast_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """`attention` without all of its weights in memory. Here the bias is the same for all heads.
+    """`attention` without all attention weights (T x S a head) in memory. The bias must be the same for all heads.
 
-    Torch's fused kernel, except where a CPU has a faster way (measured on a Zen 4):
-        one query               in float32, a few heads at a time: fused takes three times as long in bfloat16
-        bfloat16, not causal    a few heads at a time: two thirds of fused
-    Both keep all weights where a gradient is wanted, so inputs that learn take the fused kernel.
+    Torch's fused kernel, except where `attention` is faster on a CPU, a few heads at a time (measured on a Zen 4):
+        one query (a decode step)                  in float32: a third of fused's time in bfloat16
+        bfloat16, neither causal nor with a bias   (SigLIP): two thirds of fused's time
+    A prompt, padded or not, takes the fused kernel. So do inputs that learn: `attention` keeps all weights for a
+    gradient.
     """
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if q.device.type == "cpu" and not learns and (T == 1 or (q.dtype == torch.bfloat16 and not causal and H == G)):
+    narrow = q.dtype == torch.bfloat16 and bias is None and not causal and H == G
+    if q.device.type == "cpu" and not learns and (T == 1 or narrow):
         dtype = torch.promote_types(q.dtype, torch.float32) if T == 1 else q.dtype
-        queries = q.reshape(B, G, H // G * T, -1)  # one query a head: those that share a key stand as its tokens
-        heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))
+        queries = q.reshape(B, G, H // G * T, -1)  # at T = 1 the H / G queries of a key head become its rows
+        heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))  # of keys, for one query
         heads = G if torch.compiler.is_compiling() else 2 ** (heads.bit_length() - 1)  # equal shares for the cores
-        bias = None if bias is None else bias.to(dtype)
         parts = zip(*(t.split(heads, dim=1) for t in (queries, k, v)))
         out = [attention(*(t.to(dtype) for t in part), bias, scale=scale) for part in parts]
         return torch.cat(out, dim=1).to(q.dtype).view(B, H, T, -1)
     if causal and 1 < T < S:
         bias = causal_bias(T, S, q)
-    fused = F.scaled_dot_product_attention
-    return fused(q, k, v, bias, is_causal=causal and 1 < T == S, scale=scale, enable_gqa=H != G)
+    fused, is_causal = F.scaled_dot_product_attention, causal and 1 < T == S
+    return fused(q, k, v, bias, is_causal=is_causal, scale=scale, enable_gqa=H != G)
 
 
 def random_parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
@@ -146,7 +147,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, rows, columns, D), contiguous, so that no later norm or sum has to stride."""
+        """(B, 3, height, width) -> (B, rows, columns, D), contiguous: later norms and sums are faster."""
         return self.proj(pixels).permute(0, 2, 3, 1).contiguous()
 
 
@@ -369,8 +370,8 @@ class SAM(nn.Module):
 
     Fine detail fades on the way up the tower. So the output of the first global layer takes a
     second path: its own neck (`neck_hd`), the same resizing and the same two convolutions. It
-    is added times one learned scalar, `hd_alpha_downsamples` (alpha), which starts at zero:
-    training decides how much of the early features to let in.
+    is multiplied by one learned scalar, `hd_alpha_downsamples` (alpha), and added. The scalar
+    starts at zero: training decides how much of the early features to let in.
     """
 
     def __init__(self, config: SAMConfig, tokens_per_side: int):
@@ -527,7 +528,7 @@ class TileAligner(nn.Module):
         self.view_seperator = random_parameter(language_width, std=language_width**-0.5)
 
     def project(self, x: Tensor) -> Tensor:
-        """Patches of each tile to a smaller grid: (tiles, g * g, C) -> (tiles, s, s, D), s = ceil(g / 2).
+        """Patches of each tile to a smaller grid: (tiles, g * g, C) -> (tiles, s, s, D), s = ceil(g / r).
 
         27 patches a side do not divide by 2, so a 28th row and column of zeros is added: s = 14.
         """
@@ -545,6 +546,8 @@ class TileAligner(nn.Module):
             global view   s rows of s tokens, each with a newline
             separator
             local view    th * s rows of tw * s tokens: the tiles side by side, each row with a newline
+
+        Without `global_view_first` the local view stands first.
 
         Args:
             grids: (1 + tw * th, s, s, D), the global view first, then the tiles row by row.
