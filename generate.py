@@ -17,7 +17,6 @@ import argparse
 import codecs
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -120,6 +119,7 @@ from load_weights import (
     PackedLinear,
     QuantizedLinear,
     check_new_folder,
+    download_hint,
     load_model,
     pack,
     read_config,
@@ -453,8 +453,7 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
     if args.model is not None and (not args.model or not Path(args.model).expanduser().is_dir()):
         found = "is a file" if Path(args.model).is_file() else "is not there"
-        named = re.fullmatch(r"[\w.-]+/([\w.-]+)", args.model)  # as on Hugging Face
-        hint = f"; to have it: hf download {args.model} --local-dir {named[1]}" if named else ""
+        hint = download_hint(args.model)
         raise ValueError(f"--model {args.model[:200]!r} {found}, expected a checkpoint folder{hint}")
     if args.boxes is not None:
         file = Path(args.boxes)

@@ -286,22 +286,41 @@ def read_config(path: str | Path, tokenizer: Tokenizer | None = None) -> ModelCo
     return read_layout_and_config(Path(path), tokenizer)[1]
 
 
+def download_hint(path: str | Path) -> str:
+    """For a path that is not there, but named as a model on Hugging Face: how to have it, to end an error with."""
+    named = None if Path(path).exists() else re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))
+    return f"; to have it: hf download {path} --local-dir {named[1]}" if named else ""
+
+
 def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Layout, ModelConfig]:
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{file}: no such file, expected a checkpoint folder with a config.json")
+        hint = download_hint(folder)
+        raise ValueError(f"{file}: no such file, expected a checkpoint folder with a config.json{hint}")
     values = read_json(file)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in LAYOUTS:
         raise ValueError(f"{file}: model_type is {kind!r}, expected one of {', '.join(LAYOUTS)}")
-    if values.get("quantization_config"):
-        method = str(Section(values, str(file)).section("quantization_config").values.get("quant_method"))[:40]
-        raise ValueError(f"{file}: quantization_config says {method}, only plain weights load; see --quantize")
+    whole = Section(values, str(file))
+    for part in (whole, whole.section("language_config"), whole.section("text_config")):
+        quantization = part.section("quantization_config").values
+        if quantization:
+            method = str(quantization.get("quant_method") or ", ".join(quantization))[:40]
+            raise ValueError(f"{part.name}: quantization_config says {method}, only plain weights load; see --quantize")
     layout = LAYOUTS[kind]
-    config = layout.read_config(Section(values, str(file)))
+    config = layout.read_config(whole)
     check_sizes(config, file)
     image_token_id, end_token_ids = find_token_ids(folder, config, tokenizer)
     return layout, replace(config, image_token_id=image_token_id, end_token_ids=end_token_ids)
+
+
+def most_blocks(config: ModelConfig) -> int:
+    """The decoder's layers, its experts, or a vision tower's blocks, whichever are more. Each has its own tensors."""
+    language, vision = config.language, config.vision
+    towers = (vision.low, vision.high) if isinstance(vision, HybridConfig) else (vision,)
+    layers, experts = language.num_hidden_layers, language.experts.n_routed_experts if language.experts else 0
+    experts *= sum(language.has_experts(layer) for layer in range(min(layers, MAX_BLOCKS)))
+    return max(layers, experts, *(tower.layers for tower in towers))
 
 
 def check_sizes(config: ModelConfig, file: Path) -> None:
@@ -325,8 +344,7 @@ def check_sizes(config: ModelConfig, file: Path) -> None:
             f"language_config: {e.num_experts_per_tok} experts a token, of {e.topk_group} in {e.n_group} groups, "
             f"do not fit {e.n_routed_experts} experts",
         )
-    blocks = language.num_hidden_layers * (e.n_routed_experts if e else 1)
-    blocks = max(blocks, *(tower.layers for tower in towers))
+    blocks = most_blocks(config)
     check(blocks <= MAX_BLOCKS, f"{blocks} layers or experts, expected at most {MAX_BLOCKS}")
     heads, kv_heads, rope_dim = language.num_attention_heads, language.num_key_value_heads, language.rope_dim
     check(heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
@@ -334,8 +352,9 @@ def check_sizes(config: ModelConfig, file: Path) -> None:
     for t in towers:
         check(t.width % t.heads == 0, f"vision width {t.width} is no multiple of {t.heads} heads")
         check(t.image_size >= t.patch_size, f"a {t.image_size} pixel image holds no {t.patch_size} pixel patch")
+    last = torch.full((1, 1), language.max_position_embeddings, device="cpu")  # turns most
     try:
-        finite = all(bool(part.isfinite().all()) for part in rope_angles(torch.ones(1, 1, device="cpu"), language))
+        finite = all(bool(part.isfinite().all()) for part in rope_angles(last, language))
     except (ArithmeticError, ValueError):
         finite = False
     if not finite:
@@ -435,7 +454,6 @@ VL2_NAMES = [
 ]
 
 
-FOREIGN_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, PEFT
 STRAY_BUFFERS = r".*\.rotary_emb\.inv_freq|.*\.position_ids"  # which older transformers wrote
 
 
@@ -596,8 +614,9 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
 
     missing = sorted(expected.keys() - files.keys())
     if missing:
-        prefix = next((prefix for prefix in FOREIGN_PREFIXES if prefix + missing[0] in files), None)
-        if prefix is not None:
+        wrapped = next((name for name in files if name.endswith(f".{missing[0]}")), None)
+        if wrapped is not None:  # by DataParallel, "module."; torch.compile, "_orig_mod."; PEFT, "base_model.model."
+            prefix = wrapped.removesuffix(missing[0])[-100:]
             raise ValueError(f"{folder}: tensors are named {prefix}..., save the model without what wrapped it")
         target = expected[missing[0]]
         raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
@@ -859,7 +878,7 @@ class PackedQuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), both in the scales' dtype."""
-        rows = x.detach().flatten(0, -2)
+        rows = x.detach().flatten(0, -2).to(self.scales.dtype)  # under autocast x may be of another
         few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_dequantize
         out = self.multiply(rows) if few else self.dequantize_and_multiply(rows)
         out = out.view(*x.shape[:-1], -1)
@@ -995,8 +1014,8 @@ def load_model(
     """
     folder = Path(path)
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
     if quantize is not None and quantize not in QUANTIZATIONS:
@@ -1004,11 +1023,9 @@ def load_model(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)
-    last = f"language.layers.{config.language.num_hidden_layers - 1}.input_layernorm.weight"
-    (last,) = checkpoint_names(last, layout.names)
-    if last not in files and not any(prefix + last in files for prefix in FOREIGN_PREFIXES):
-        shape = [config.language.hidden_size]  # found before thousands of layers are built
-        raise ValueError(f"{folder}: missing tensor {last}, expected shape {shape}")
+    blocks = most_blocks(config)
+    if blocks > len(files):  # found before thousands of them are built
+        raise ValueError(f"{folder}: missing tensors, {len(files)} for the {blocks} layers or experts of config.json")
     head = checkpoint_names("lm_head.weight", layout.names)[0]
     if head in files:  # a head that is in the file is its own tensor, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
@@ -1124,6 +1141,10 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     Raises: ValueError where the folder's config describes another model, for a packed model, and for a tensor that
         no checkpoint has a place for or that is not finite in `dtype`; OSError where nothing can be written.
     """
+    if not isinstance(model, DeepseekVL):
+        raise ValueError(f"a {type(model).__name__} is no DeepseekVL: save the model that it wraps")
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     if any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
     folder = Path(path)
@@ -1139,21 +1160,26 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
             replace_module(fresh, name, module)
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
     for name in sorted(shapes.keys() | parameters.keys()):
-        found = list(parameters[name].shape) if name in parameters else "none"
+        found = list(parameters[name].shape) if name in parameters and not parameters[name].is_meta else "none"
         if name not in shapes or found != list(shapes[name]):
             wanted = list(shapes[name]) if name in shapes else "none: a checkpoint has no place for it"
             raise ValueError(f"tensor {name} of the model has shape {found}, expected {wanted}")
     parts: dict[str, Iterator[Tensor]] = {}  # of parameters that the checkpoint holds in several tensors
     tensors = {}
-    for name, target in expected_tensors(model, layout, set()).items():
+    for name, target in expected_tensors(fresh, layout, set()).items():
         parameter = parameters[target.parameter]
         rows = parts.setdefault(target.parameter, iter(parameter.view(-1, *target.shape)))
         tensor = next(rows)
         tensors[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        if tensors[name].dtype not in target.dtypes:
+            raise ValueError(f"tensor {target.parameter} is {tensor.dtype}, expected one of {target.dtypes}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"tensor {target.parameter} is not finite in {tensors[name].dtype}, nothing is written")
+    head = checkpoint_names("lm_head.weight", layout.names)[0]
     if tied:
-        del tensors[checkpoint_names("lm_head.weight", layout.names)[0]]
+        del tensors[head]
+    elif model.lm_head.weight is model.language.embed_tokens.weight:
+        tensors[head] = tensors[head].clone()  # tied by hand: a file has no tensors that share memory
     unfinished = folder / f".{os.getpid()}.model.safetensors"
     try:
         unfinished.touch()  # with the mode that other files get, which save_file would not give

@@ -635,9 +635,8 @@ class Decoder(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(  # nn.Embedding would draw from a wider distribution
-            random_parameter(config.vocab_size, config.hidden_size), freeze=False
-        )
+        weight = random_parameter(config.vocab_size, config.hidden_size)  # nn.Embedding's own draw is wider
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -726,17 +725,18 @@ class DeepseekVL(nn.Module):
         Returns: one (N, D) tensor for each image, in the order of the batch.
         Raises: ValueError for pixels of another size, and tiles that do not fit images_spatial_crop.
         """
-        pixels, high_pixels = pixel_values.to(self.device), high_res_pixel_values
-        dtype, sizes = next(self.vision.parameters()).dtype, self.config.vision
+        pixels, high_pixels, sizes = pixel_values.to(self.device), high_res_pixel_values, self.config.vision
+        dtype, then = (next((p.dtype for p in part.parameters()), self.dtype) for part in (self.vision, self.aligner))
         if isinstance(self.vision, HybridTower):
             if high_pixels is None:
                 check_size("pixel_values", pixels, sizes.high.image_size)
                 high_pixels, pixels = self.vision.split(pixels)
             check_size("high_res_pixel_values", high_pixels, sizes.high.image_size)
             check_size("pixel_values", pixels, sizes.low.image_size)
-            return list(self.aligner(*self.vision(high_pixels.to(self.device, dtype), pixels.to(dtype))))
+            high, low = self.vision(high_pixels.to(self.device, dtype), pixels.to(dtype))
+            return list(self.aligner(high.to(then), low.to(then)))
         check_size("pixel_values", pixels, sizes.image_size)
-        tokens = self.vision(pixels.to(dtype))
+        tokens = self.vision(pixels.to(dtype)).to(then)
         if isinstance(self.aligner, TileAligner):
             if images_spatial_crop is None:
                 raise ValueError("pixel_values of tiles need images_spatial_crop, (images, 2)")

@@ -491,6 +491,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{path}: expected a tokenizer.json or tokenizer.model")
+    check_is_no_pointer(file)
     config_file = file.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
     return SentencePiece(file, config) if file.suffix == ".model" else ByteLevelBPE(file, config)

@@ -29,6 +29,18 @@ def test_what_is_packed_says_that_it_cannot_learn():
             model(input_ids=ids, labels=ids).loss.backward()
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_packed_layers_under_autocast(quantize):
+    ids = torch.arange(20)[None]
+    model = load_model(ROOT / "demo/checkpoint", dtype=torch.float32, quantize=quantize, pack=True)
+    expected = load_model(ROOT / "demo/checkpoint", dtype=torch.float32, quantize=quantize)(input_ids=ids).logits
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids).logits.float()
+        first = model(input_ids=ids[:, :1]).logits.float()
+    assert torch.nn.functional.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(first[0, 0], expected[0, 0], dim=0) > 0.99
+
+
 def test_quantized_layers_pass_gradients_on():
     """Their own weights are buffers and stay; what lies below them learns."""
     plain = load_model(golden("vl-hybrid").folder, dtype=torch.float32)
@@ -66,6 +78,14 @@ def not_a_number(model):
     model.lm_head.weight.data[1, 2] = torch.nan
 
 
+def without_values(model):
+    model.lm_head.to("meta")
+
+
+def of_8_bits(model):
+    model.language.norm.weight = nn.Parameter(model.language.norm.weight.to(torch.int8), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -73,6 +93,8 @@ def not_a_number(model):
         (too_large, "tensor language.norm.weight is not finite in torch.float16, nothing is written"),
         (reshaped, r"tensor language.norm.weight of the model has shape \[3\], expected"),
         (not_a_number, "tensor lm_head.weight is not finite in torch.float16"),
+        (without_values, "tensor lm_head.weight of the model has shape none, expected"),
+        (of_8_bits, "tensor language.norm.weight is torch.int8, expected one of"),
     ],
 )
 def test_what_could_not_be_loaded_is_not_written(change, message, tmp_path):
@@ -83,6 +105,29 @@ def test_what_could_not_be_loaded_is_not_written(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         save_model(model, folder, dtype=torch.float16)
     assert (folder / "model.safetensors").read_bytes() == before and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float16"])
+def test_dtypes_that_could_not_be_loaded_are_not_written(dtype, tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="dtype is .*, expected one of"):
+        save_model(load_model(folder), folder, dtype=dtype)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_wrapper_is_not_saved(tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    with pytest.raises(ValueError, match="a DataParallel is no DeepseekVL: save the model that it wraps"):
+        save_model(nn.DataParallel(load_model(folder)), folder)
+
+
+def test_a_head_that_was_tied_by_hand(tmp_path):
+    folder = copy_checkpoint("vl-siglip", tmp_path / "model")
+    model = load_model(folder)
+    model.lm_head.weight = model.language.embed_tokens.weight
+    save_model(model, folder)
+    assert torch.equal(load_model(folder).lm_head.weight, model.language.embed_tokens.weight)
 
 
 def test_saved_weights_have_the_mode_of_other_files(tmp_path):
@@ -118,5 +163,3 @@ def test_the_fine_tuning_loop_of_readme(tmp_path):
     original = load_model(ROOT / "demo/checkpoint").state_dict()
     for name, tensor in original.items():
         assert torch.equal(changed[name], tensor) == name.startswith("vision."), name
-
-
