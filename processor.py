@@ -40,6 +40,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def read_json(path: Path) -> dict:
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_IMAGE_PIXELS = 256_000_000  # phones make 200 million
 MAX_IMAGE_SIDE = 65_535
-PILLOW_LIMIT = threading.Lock()  # while Pillow's own limit, a global of 179 million pixels, is lifted
+PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit (a global, 179 million pixels) is lifted
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 DOWNLOAD_SECONDS = 30.0
 HTTP_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
@@ -181,7 +182,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         elif stored == "RGB;16B" and isinstance(transparent, tuple):
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgb = to_rgb(image)
-    except Exception as error:  # and on truncated or damaged data
+    except Exception as error:  # decoders raise errors of many types on damaged data
         raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
@@ -199,7 +200,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    if image.mode == "La":  # premultiplied; converts to LA alone
+    if image.mode == "La":  # premultiplied; Pillow converts it only to LA
         image = image.convert("LA")
     if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -267,7 +268,7 @@ def read_url(url: str, deadline: float) -> bytes:
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~-._")  # spaces and characters outside ASCII
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (deepseek-vl image loader)"})
     with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
-        if (response.length or 0) > MAX_DOWNLOAD_BYTES:  # Content-Length, which a server need not send or keep to
+        if (response.length or 0) > MAX_DOWNLOAD_BYTES:  # Content-Length is optional and can be wrong
             raise too_large
         body = bytearray()
         while chunk := response.read1(2**16):  # what has arrived, without waiting for more
@@ -308,14 +309,18 @@ class PixelSettings:
 
 
 HALF = (0.5, 0.5, 0.5)
-# What the released checkpoints' files say of pixels. DeepSeek-VL2 has one tile of 384 for the whole picture, and the
-# candidate of CANDIDATE_RESOLUTIONS that suits it best, in tiles; the 7B's model normalizes for each of its towers.
+VL2_PIXELS = PixelSettings(side=384, mean=HALF, std=HALF)  # of one tile
+# What the released checkpoints' files say of pixels. The 7B's processor does not normalize: its model does, with a
+# mean and deviation for each of its towers. Its mean here is only the colour of padding.
 PIXELS = {
     "deepseek-vl-1.3b": PixelSettings(side=384, mean=HALF, std=HALF),
     "deepseek-vl-7b": PixelSettings(side=1024, normalize=False),
-    "deepseek-vl2": PixelSettings(side=384, mean=HALF, std=HALF),  # and -tiny, -small
+    "deepseek-vl2-tiny": VL2_PIXELS,
+    "deepseek-vl2-small": VL2_PIXELS,
+    "deepseek-vl2": VL2_PIXELS,
 }
-IMAGE_TOKENS = 576  # of a picture in DeepSeek-VL: a grid of 24 x 24
+IMAGE_TOKENS = 576  # of a picture in DeepSeek-VL: a grid of 24 x 24. DeepSeek-VL2's rule is Processor.image_tokens
+# Of DeepSeek-VL2: every (width, height) of at most nine tiles (section 3.1).
 CANDIDATE_RESOLUTIONS = tuple(
     (384 * wide, 384 * high)
     for wide, high in (
@@ -392,11 +397,11 @@ def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSe
 class Tokenizer:
     """Text to token ids and back. A subclass defines `encode_text` and `token_bytes`.
 
-    Added tokens (`<image>`, end of sentence, ...) are found in the raw text before anything else, the
-    leftmost first and the longest of those that start there, in two passes as in the tokenizers
-    library: first those marked not normalized, then the others in what lies between.
+    Added tokens (`<image>`, end of sentence, ...) are matched in the raw text first. The leftmost match wins;
+    of several that start there, the longest. As in the tokenizers library, there are two passes: tokens marked
+    not normalized, then the others in the text that remains.
 
-    bos_token_id, eos_token_id and pad_token_id are those that tokenizer_config.json names, or None.
+    tokenizer_config.json names bos_token_id, eos_token_id and pad_token_id; each is None where it does not.
     """
 
     def __init__(self, ids: dict[str, int], config: dict):
@@ -599,9 +604,9 @@ def is_token_id(value: object) -> bool:
 
 
 def check_layout(spec: dict) -> None:
-    """Raises ValueError for a tokenizer.json with a part that ByteLevelBPE does not carry out.
+    """Raises ValueError for a tokenizer.json with a part that ByteLevelBPE does not implement.
 
-    `post_processor`, `truncation` and `padding` are left aside: they shape what surrounds the ids of a text.
+    `post_processor`, `truncation` and `padding` are ignored: they change only what surrounds the ids of a text.
     """
     model, normalizer, decoder = spec["model"], spec.get("normalizer"), spec.get("decoder")
     if model["type"] != "BPE":
@@ -629,7 +634,7 @@ def check_layout(spec: dict) -> None:
 
 
 def pre_tokenizer_steps(spec: dict) -> list[dict]:
-    """The steps before ByteLevel, which is last and cuts nothing: it only spells bytes, where merge() starts."""
+    """The steps before ByteLevel, which must be last. ByteLevel cuts nothing; merge() does its byte mapping."""
     pre_tokenizer = spec["pre_tokenizer"]
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     if [index for index, step in enumerate(steps) if step["type"] == "ByteLevel"] != [len(steps) - 1]:
@@ -652,8 +657,8 @@ def split_pattern(step: dict) -> re.Pattern:
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
-# The regular expressions that are carried out: those of the released files, GPT-2 and Llama 3. Each construct below
-# means the same to Python as to Oniguruma, and no group can be repeated.
+# The supported subset of regular expressions covers the released files, GPT-2 and Llama 3. Each construct below
+# means the same in Python as in Oniguruma, and no group can be repeated.
 ESCAPE = r"\\[rnt\\\[\](){}|?*+.^$/-]"
 CATEGORY = r"\\p\{[LMNPS]\}"
 CLASS_CHARACTER = rf"(?:{ESCAPE}|(?!&&|\|\||~~)[^\\\[\]-])"  # doubled, those three are or may become set operations
@@ -794,7 +799,11 @@ def message_text(message: dict, marker: str) -> tuple[str, str, list]:
 
 
 def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
-    """transformers' parts as text: an image is its marker, a text after a text follows a space, outer ends are cut."""
+    """The text and the images of a message in parts, as transformers' chat template joins them.
+
+    An image becomes its marker. A space separates adjacent texts. The first part is stripped on the left, the last
+    on the right.
+    """
     text, images, previous = "", [], None
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -842,14 +851,10 @@ def vl2_pieces(system: str, messages: list[tuple[str, str]], end: str) -> list[P
 # ------------------------------------------------------------------------------- 5. Everything together
 
 IGNORED = -100  # the label that cross_entropy skips
-VL2_SPECIAL_TOKENS = (
-    "<｜▁pad▁｜>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>", "<|User|>",
-    "<|Assistant|>",
-)  # fmt: skip
+GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+VL2_SPECIAL_TOKENS = ("<｜▁pad▁｜>", "<image>", *GROUNDING_TAGS, "<|User|>", "<|Assistant|>")
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
-
-
-MAX_INPUT_PIXELS = 2**24  # of the inputs that one picture becomes; the released models make 11 tiles of 384 x 384
+MAX_INPUT_PIXELS = 2**24  # of all inputs made from one picture; the released VL2 models make at most 10 of 384 x 384
 MAX_COUNT = 10**12
 
 
@@ -948,6 +953,12 @@ def read_resolutions(settings: Settings) -> list[list[int]]:
         if size[0] * size[1] + sizes[0][0] ** 2 > MAX_INPUT_PIXELS:  # the tiles and the whole picture
             settings.refuse(key, f"at most {MAX_INPUT_PIXELS} pixels, not {str(size)[:80]} and a tile")
     return sizes
+
+
+def pad_left(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Rows of different lengths (T_i,) as one (B, T) tensor, `value` in front of the shorter ones."""
+    length = max(map(len, rows))
+    return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
 
 
 class Processor:
@@ -1126,7 +1137,7 @@ class Processor:
         """One conversation: ids (T,), where image features go (T,), labels (T,), and each image's tensors."""
         pieces, sources = self._pieces(conversation, system)
         tokens, flags = self._tokenize(pieces, labels)
-        tiled = len(sources) <= 2  # with more, DeepSeek-VL2 spends only one tile on each besides the whole
+        tiled = len(sources) <= 2  # DeepSeek-VL2 gives each of three or more images one local tile
         repeats, inputs, length = [], [], len(tokens)
         self._check_length(length)
         for index, source in enumerate(sources):
@@ -1187,24 +1198,17 @@ class Processor:
                 if len(conversations) == 1 and isinstance(error, ValueError):
                     raise
                 raise ValueError(f"conversation {index + 1} of {len(conversations)}: {reason(error)}") from error
-        shape = len(rows), max(len(ids) for ids, *_ in rows)
+        ids, is_image, targets, inputs = zip(*rows)
         batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "images_seq_mask": torch.zeros(shape, dtype=torch.bool),
+            "input_ids": pad_left(ids, self.pad_token_id),
+            "attention_mask": pad_left([torch.ones_like(row) for row in ids], 0),
+            "images_seq_mask": pad_left(is_image, False),
         }
         if labels:
-            batch["labels"] = torch.full(shape, IGNORED)
-        for row, (ids, is_image, targets, _) in enumerate(rows):
-            start = shape[1] - len(ids)
-            batch["input_ids"][row, start:] = ids
-            batch["attention_mask"][row, start:] = 1
-            batch["images_seq_mask"][row, start:] = is_image
-            if labels:
-                # A begin token behind padding has nothing real before it to be predicted from.
-                first = start + 1 if start else 0
-                batch["labels"][row, first:] = targets[first - start :]
-        images = [tensors for row in rows for tensors in row[3]]
+            batch["labels"] = pad_left(targets, IGNORED)
+            # A begin token after padding is not learnt: only padding precedes it.
+            batch["labels"][:, 1:].masked_fill_(batch["attention_mask"][:, :-1] == 0, IGNORED)
+        images = [tensors for row in inputs for tensors in row]
         return batch | {key: torch.cat([tensors[key] for tensors in images]) for key in (images[0] if images else ())}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -1215,8 +1219,7 @@ class Processor:
 # ------------------------------------------------------------------------------------------- 6. Boxes
 
 # DeepSeek-VL2 answers where something is with <|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], ...]<|/det|>,
-# in thousandths of the image's width and height, 0 to 999. The tags are special tokens.
-GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+# in thousandths of the image's width and height, 0 to 999. The tags (GROUNDING_TAGS) are special tokens.
 COORDINATES = 999
 
 

@@ -8,7 +8,6 @@ import random
 import socket
 import struct
 import threading
-import time
 import zlib
 
 import numpy as np
@@ -242,10 +241,6 @@ def test_a_prompt_beyond_the_context(tmp_path):
     assert Processor(folders[0])([user("Hello")])["input_ids"].shape[1] == n
     with pytest.raises(ValueError, match=f"{n} tokens.*{n - 1}"):
         Processor(folders[1])([user("Hello")])
-    # A picture of far more tokens takes no memory.
-    huge = edited("vl-siglip", tmp_path / "huge", "processor_config.json", num_image_tokens=10**12)
-    with pytest.raises(ValueError, match="over the model's context of 4096"):
-        Processor(huge)([user("<image>", Image.new("RGB", (8, 8)))])
 
 
 # --------------------------------------------------------------------------------------- VL2's tiles
@@ -539,19 +534,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         file = io.BytesIO()
         SERVED.save(file, "PNG")
         body = file.getvalue()
-        answers = {  # path: status, headers, what is sent, and how often a byte follows
-            "/ok.png": (200, {"Content-Length": len(body)}, body, 0),
-            "/no-length.png": (200, {}, body, 0),
-            "/cut.png": (200, {"Content-Length": len(body)}, body[: len(body) // 2], 0),
-            "/page": (200, {}, b"<html></html>", 0),
-            "/large": (200, {"Content-Length": 10**9}, b"x", 0),
-            "/large-unsaid": (200, {}, bytes(2**22), 0),
-            "/slow-body": (200, {"Content-Length": 10**6}, b"", 500),
-            "/slow-headers": (0, {}, b"HTTP/1.0 200 OK\r\nX: ", 500),
+        answers = {  # path: status, headers, what is sent, and whether bytes follow until the test ends
+            "/ok.png": (200, {"Content-Length": len(body)}, body, False),
+            "/no-length.png": (200, {}, body, False),
+            "/cut.png": (200, {"Content-Length": len(body)}, body[: len(body) // 2], False),
+            "/page": (200, {}, b"<html></html>", False),
+            "/large": (200, {"Content-Length": 10**9}, b"x", False),
+            "/large-unsaid": (200, {}, bytes(2**22), False),
+            "/slow-body": (200, {"Content-Length": 10**6}, b"", True),
+            "/slow-headers": (0, {}, b"HTTP/1.0 200 OK\r\nX: ", True),
         }
         if self.path.startswith("/to/"):
-            answers[self.path] = (302, {"Location": self.path.removeprefix("/to/")}, b"", 0)
-        status, headers, content, drops = answers.get(self.path, (404, {}, b"", 0))
+            answers[self.path] = (302, {"Location": self.path.removeprefix("/to/")}, b"", False)
+        status, headers, content, drips = answers.get(self.path, (404, {}, b"", False))
         try:
             if status:
                 self.send_response(status)
@@ -559,9 +554,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.send_header(key, str(value))
                 self.end_headers()
             self.wfile.write(content)
-            for _ in range(drops):
+            for _ in range(3000 * drips):  # a client that never gives up fails, and does not hang
+                if self.server.stopped.wait(0.01):
+                    break
                 self.wfile.write(b"x")
-                time.sleep(0.01)
         except OSError:
             pass  # the client has hung up, as it should
 
@@ -573,9 +569,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads, running.block_on_close = True, False
+        running.daemon_threads, running.block_on_close, running.stopped = True, False, threading.Event()
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
+        running.stopped.set()
         running.shutdown()
 
 
@@ -621,30 +618,17 @@ def test_addresses_that_cannot_be_reached(monkeypatch):
 
 # ---------------------------------------------------------------------------------- checkpoint files
 
+# Values that are out of range or of another type: tests/robustness/test_settings.py.
 VL, VL7B, VL2 = "vl-siglip", "vl-hybrid", "vl2-mha"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 BAD_FILES = {
     "unknown architecture": (VL, "config.json", {"model_type": "llava"}, "model_type 'llava'"),
     "another image token": (VL, "config.json", {"image_token_id": 7}, "image_token_id 7"),
-    "no number": (VL, "config.json", {"language_config": {"max_position_embeddings": []}}, "max_pos"),
     "no image size": (VL, PREPROCESSOR, {"image_size": KeyError}, "image_size"),
-    "negative image size": (VL, PREPROCESSOR, {"image_size": -1}, "image_size"),
-    "sides longer than any picture": (VL, PREPROCESSOR, {"image_size": 10**9}, "image_size"),
-    "a shorter side longer than the longest": (VL, PREPROCESSOR, {"min_size": 97}, "min_size"),
-    "mean of two": (VL, PREPROCESSOR, {"image_mean": [0.5, 0.5]}, "image_mean"),
-    "mean missing": (VL, PREPROCESSOR, {"image_mean": None}, "image_mean|iterable"),
-    "mean beyond white": (VL, PREPROCESSOR, {"image_mean": [0.5, 0.5, 1e40]}, "image_mean"),
-    "std of zero": (VL, PREPROCESSOR, {"image_std": [0, 1, 1]}, "image_std"),
-    "no resizing": (VL, PREPROCESSOR, {"do_resize": False}, "do_resize"),
     "normalized twice": (VL7B, PREPROCESSOR, {"do_normalize": True}, "do_normalize is True, expected False"),
-    "no image tokens": (VL, PROCESSOR, {"num_image_tokens": 0}, "num_image_tokens"),
-    "another template": (VL, PROCESSOR, {"sft_format": "plain"}, "sft_format"),
     "no end token": (VL, TOKENIZER, {"eos_token": KeyError}, TOKENIZER),
     "unknown begin token": (VL, TOKENIZER, {"bos_token": "<s>"}, TOKENIZER),
     "no patch size": (VL2, PROCESSOR, {"patch_size": KeyError}, "patch_size"),
-    "patches of no size": (VL2, PROCESSOR, {"patch_size": 0}, "patch_size is 0"),
-    "tiles without a height": (VL2, PROCESSOR, {"candidate_resolutions": [[98, 98], [98]]}, "candidate"),
-    "uneven tiles": (VL2, PROCESSOR, {"candidate_resolutions": [[98, 98], [98, 100]]}, "candidate"),
 }
 
 

@@ -210,8 +210,6 @@ BAD_LAYOUTS = {
     "pre-tokenizer without bytes": (["pre_tokenizer"], {"type": "Whitespace"}, "ByteLevel"),
     "unknown step": (STEP, {"type": "Whitespace"}, "Whitespace"),
     "another behaviour": ([*STEP, "behavior"], "Removed", "Removed"),
-    "unknown class in a regex": ([*STEP, "pattern"], {"Regex": r"\w+"}, "w"),
-    "unknown category in a regex": ([*STEP, "pattern"], {"Regex": r"\p{Han}"}, "Han"),
     "a broken regex": ([*STEP, "pattern"], {"Regex": "[a"}, "unterminated"),
     "prefix space": (["pre_tokenizer", "pretokenizers", -1, "add_prefix_space"], True, "ByteLevel"),
     "an added token that strips": (["added_tokens", 0, "lstrip"], True, "lstrip"),

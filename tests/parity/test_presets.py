@@ -56,7 +56,7 @@ def test_parameter_counts(preset):
 @pytest.mark.parametrize("preset", FILES)
 def test_pixels_fit_the_towers(preset):
     """The processor's sizes, means and deviations are those that the model's towers are built for."""
-    pixels, config = PIXELS["deepseek-vl2" if "vl2" in preset else preset], MODELS[preset]
+    pixels, config = PIXELS[preset], MODELS[preset]
     if isinstance(config.vision, HybridConfig):  # which normalizes for each of its towers
         assert (pixels.side, pixels.normalize) == (config.vision.high.image_size, False)
         assert pixels.mean == config.vision.high_norm.mean
