@@ -847,9 +847,11 @@ class PackedQuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.group = layer.in_features, layer.group
         self.bits = 8 if layer.weight.dtype == torch.int8 else 4
-        # Copies: the int8 kernel crashes on unaligned weights, and in a mapped file a tensor may begin anywhere.
         self.scales = layer.scales.clone()
-        self.weight = layer.weight.clone() if self.bits == 8 else self.int4_layout(layer.weight)
+        if self.bits == 4:
+            self.weight = self.int4_layout(layer.weight)
+        else:  # the int8 kernel crashes on unaligned weights, and in a mapped file a tensor may begin anywhere
+            self.weight = layer.weight if layer.weight.data_ptr() % 64 == 0 else layer.weight.clone()
         on_cpu = self.weight.device.type == "cpu"
         self.can_dequantize = self.bits == 8 or (on_cpu and (not check_layout or int4_layout_is_known()))
 
@@ -998,7 +1000,7 @@ def load_model(
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory. Each module then gets its tensors, converted, quantized or packed. A tensor that
-    has the wanted dtype and device already is not copied (but for what is packed, and for transformers' q, k and v,
+    has the wanted dtype and device already is not copied (but for what is packed anew, and for transformers' q, k and v,
     which are stacked): the file must then stay unchanged for as long as the model lives.
 
     Args:
