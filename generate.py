@@ -2,6 +2,7 @@
 
     python generate.py --image demo/images/scene.png
     python generate.py --model CHECKPOINT --image photo.jpg --prompt "What is this?"
+    python generate.py --model CHECKPOINT --chat
 
     prefill   the whole prompt through the decoder, filling the cache -> logits of the next token
     sample    logits (B, vocabulary) -> one id a row
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -55,6 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help='the question, or - (stdin); <image> marks where an image goes')
     add("--model", metavar="DIR", help="checkpoint folder (default: the small one in demo/checkpoint)")
     add("--system", metavar="TEXT", help="system text in place of the model's own")
+    add("--chat", action="store_true", help="several questions, a line each, about pictures that /image adds")
+    add("--raw", action="store_true", help="base models: continue the prompt as it is, without system text and roles")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this; may be repeated")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
@@ -71,16 +76,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(arguments)
-    for name in ("prompt", "system"):
-        try:
-            (getattr(args, name) or "").encode()
-        except UnicodeEncodeError:
-            parser.error(f"--{name} is not valid UTF-8")
+    try:
+        for name in ("prompt", "system"):
+            check_utf8(f"--{name}", getattr(args, name) or "")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.chat:
+        for name, given in (("raw", args.raw), ("boxes", args.boxes), ("prompt -", args.prompt == "-")):
+            if given:
+                parser.error(f"--{name} answers one question, not a --chat")
+        if "-" in args.image:
+            parser.error("--image - and --chat both read standard input, give a file")
+    if args.raw and args.system is not None:
+        parser.error("--system has no place in a --raw prompt")
+    if "" in args.stop:
+        parser.error("--stop needs a text")
     if args.temperature == 0:
         for name, given in (("top-k", args.top_k != 0), ("top-p", args.top_p != 1), ("seed", args.seed is not None)):
             if given:
                 parser.error(f"--{name} has no effect at temperature 0, give --temperature")
     return args
+
+
+def check_utf8(name: str, text: str) -> str:
+    """The text. Raises: ValueError for bytes that were no UTF-8, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not valid UTF-8") from None
+    return text
 
 
 def note(text: str, quiet: bool = False) -> None:
@@ -199,12 +223,16 @@ OPTIONS = {  # of `generate`: which values are valid, and how an error says that
     "repetition_penalty": (lambda r: number(r) and r > 1e-6, "from 1e-6 to 1e9"),
     "seed": (lambda s: s is None or whole(s, 0), "a whole number from 0 to 2**63 - 1"),
     "chunk_size": (lambda c: c is None or whole(c, 1), "a whole number from 1 to 2**63 - 1"),
+    "n": (lambda n: whole(n, 1), "a whole number from 1 to 2**63 - 1"),
+    "log_probs": (lambda k: k is None or whole(k, 0), "a whole number from 0 to 2**63 - 1"),
 }
 
 
 def check_options(**options: object) -> None:
-    """Raise ValueError that names the first option out of its range."""
+    """Raise ValueError that names the first option out of its range, TypeError for one that is none."""
     for name, value in options.items():
+        if name not in OPTIONS:
+            raise TypeError(f"unknown option {name}, expected one of {', '.join(OPTIONS)}")
         if not OPTIONS[name][0](value):
             long = isinstance(value, int) and value.bit_length() > 128
             shown = f"{value.bit_length()} bits long" if long else repr(value)[:80]
@@ -214,20 +242,85 @@ def check_options(**options: object) -> None:
 # ---------------------------------------------------------------------------- generation
 
 
-def prefill(
-    model: DeepseekVL, batch: dict[str, Tensor], attention_mask: Tensor, cache: KVCache, chunk_size: int | None
-) -> Tensor:
-    """Feed the prompt, all at once or `chunk_size` tokens at a time.
+class Token(int):
+    """An id that also says how likely it was, before temperature and penalty.
 
-    The towers see the images once. A chunk attends to all before it through the cache, so the result
-    is the same, with less memory for the activations.
+    log_prob: natural logarithm of its probability; likeliest: the k likeliest ids and theirs, in order.
+    """
+
+    def __new__(cls, id: int, log_prob: float, likeliest: list[tuple[int, float]]):
+        token = super().__new__(cls, id)
+        token.log_prob, token.likeliest = log_prob, likeliest
+        return token
+
+
+def with_log_probs(ids: Tensor, logits: Tensor, k: int) -> list[Token]:
+    """ids (B,) as Tokens, from the logits (B, vocabulary) that they were chosen by."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    chosen, top = log_probs.gather(1, ids[:, None])[:, 0], log_probs.topk(min(k, log_probs.shape[-1]))
+    likeliest = [list(zip(*row)) for row in zip(top.indices.tolist(), top.values.tolist())]
+    return [Token(*fields) for fields in zip(ids.tolist(), chosen.tolist(), likeliest)]
+
+
+PICTURES = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")  # what `encode_images` takes
+
+
+def split_pictures(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The arguments of `encode_images` for each picture alone."""
+    given = {name: batch[name] for name in PICTURES if batch.get(name) is not None}
+    crops, pictures = given.get("images_spatial_crop"), len(given.get("pixel_values", ()))
+    tiles = [1] * pictures if crops is None else (crops.prod(dim=1) + 1).tolist()  # the whole picture, and its tiles
+    parts = {name: tensor.split(tiles if name == "pixel_values" else 1) for name, tensor in given.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(tiles) if pictures else 0)]
+
+
+def embed_prompt(model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
+    """The prompt's tokens and pictures as the decoder is fed them, (B, T, D)."""
+    pixels = batch.get("pixel_values")
+    seen = pixels is not None and len(pixels)
+    features = model.encode_images(*(batch.get(name) for name in PICTURES)) if seen else ()
+    return model.embed(batch["input_ids"], features, batch.get("images_seq_mask"))
+
+
+class ConversationCache:
+    """What a conversation's next turn need not compute again; `generate` and `stream` take it as `cache`.
+
+    The batch holds the whole conversation at every turn. Its tokens are compared with those fed before, and fed
+    from the first that differs. A picture is recognized by its pixels: the towers see it once.
+    """
+
+    def __init__(self, model: DeepseekVL):
+        self.kv = model.new_cache(1, 0)
+        self.tokens: list[tuple] = []  # what was fed, and an answer's last id: (id, hash of the picture or None)
+        self.features: dict[int, Tensor] = {}  # of each picture (N, D), by a hash of its pixels
+        self.reused = 0  # tokens of the last batch that were not fed again
+
+    def embed_new(self, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
+        """Forget what the batch does not begin with, and embed what it has beyond: (1, T, D) with T at least 1."""
+        ids, places, pictures = batch["input_ids"], batch.get("images_seq_mask"), []
+        for picture in split_pictures(batch):
+            key = hash(b"".join(tensor.float().cpu().numpy().tobytes() for tensor in picture.values()))
+            if key not in self.features:
+                (self.features[key],) = model.encode_images(**picture)
+            pictures.append(key)
+        x = model.embed(ids, [self.features[key] for key in pictures], places)  # (1, all tokens, D)
+        places = ids == model.config.image_token_id if places is None else places
+        keys = (key for key in pictures for _ in self.features[key])
+        tokens = [(id, next(keys) if image else None) for id, image in zip(ids[0].tolist(), places[0].tolist())]
+        held = self.tokens[: min(self.kv.length, len(tokens) - 1)]  # the last token's logits are needed
+        same = next((i for i, (new, old) in enumerate(zip(tokens, held)) if new != old), len(held))
+        self.tokens, self.kv.length, self.reused = tokens, same, same
+        return x[:, same:]
+
+
+def prefill(model: DeepseekVL, x: Tensor, attention_mask: Tensor, cache: KVCache, chunk_size: int | None) -> Tensor:
+    """Feed the embedded prompt (B, T, D), all at once or `chunk_size` tokens at a time.
+
+    A chunk attends to all before it through the cache, so the result is the same, with less memory for the
+    activations.
 
     Returns: logits of the next token, (B, vocabulary).
     """
-    pixels, features = batch.get("pixel_values"), ()
-    if pixels is not None and len(pixels):
-        features = model.encode_images(pixels, batch.get("high_res_pixel_values"), batch.get("images_spatial_crop"))
-    x = model.embed(batch["input_ids"], features, batch.get("images_seq_mask"))  # (B, T, D)
     size = chunk_size or x.shape[1]
     for chunk, mask in zip(x.split(size, dim=1), attention_mask.split(size, dim=1)):
         output = model(inputs_embeds=chunk, attention_mask=mask, cache=cache, logits_to_keep=1)
@@ -236,67 +329,113 @@ def prefill(
 
 @torch.inference_mode()
 def decode(
-    model: DeepseekVL,
-    batch: dict[str, Tensor],
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    chunk_size: int | None = None,
-) -> Iterator[list[int]]:
-    """Yield one id a row at each step; `generate` explains the options.
+    model: DeepseekVL, logits: Tensor, seen: Tensor, cache: KVCache, steps: int,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+    seed: int | None = None, log_probs: int | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Choose an id a row, feed them, `steps` times; yield each step's ids. `generate` explains the options.
 
-    Finished rows keep decoding until all finish; ignore their ids.
+    Args:
+        logits: (B, vocabulary) of the first id; seen: bool (B, vocabulary), ids of the prompt.
+        cache: holds the prompt, and has room for all ids but the last, which is not fed.
     """
-    check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    check_options(repetition_penalty=repetition_penalty, seed=seed, chunk_size=chunk_size)
-    input_ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
-    (B, T), most = input_ids.shape, model.config.language.max_position_embeddings
-    if not 0 < T <= most:
-        raise ValueError(f"the prompt has {T} tokens, the model's context holds {most}" if T else "the prompt is empty")
-    if not mask[:, -1].all():
-        raise ValueError("attention_mask ends in padding, expected the padding on the left")
-    steps = min(max_new_tokens, most - T + 1)  # the last id is never fed back
-    cache = model.new_cache(B, T + steps - 1)
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(int(seed))
-
-    logits = prefill(model, batch, mask, cache, chunk_size and int(chunk_size))
-    seen = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, input_ids.long(), mask.long()) > 0  # no padding
     for step in range(steps):
         if not logits.isfinite().all():
             raise ValueError(f"logits are not finite in {model.dtype}: try bfloat16 or float32 (or check the weights)")
-        logits = penalize_repetition(logits.float(), seen, float(repetition_penalty))
-        ids = choose(logits, float(temperature), top_k, float(top_p), generator)  # (B,)
-        yield ids.tolist()
+        scores = penalize_repetition(logits.float(), seen, float(repetition_penalty))
+        ids = choose(scores, float(temperature), top_k, float(top_p), generator)  # (B,)
+        yield ids.tolist() if log_probs is None else with_log_probs(ids, logits, int(log_probs))
         if step < steps - 1:
-            seen.scatter_(1, ids[:, None], True)
+            seen = seen.scatter(1, ids[:, None], True)
             logits = model(input_ids=ids[:, None], cache=cache).logits[:, -1]
 
 
-def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> list[list[int]]:
+@torch.inference_mode()
+def answer(
+    model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, chunk_size: int | None = None, n: int = 1,
+    cache: ConversationCache | None = None, **sampling,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Prefill, then decode: yield one id a row at each step. `generate` explains batch and options.
+
+    Finished rows keep decoding until all finish; ignore their ids.
+    """
+    check_options(max_new_tokens=max_new_tokens, chunk_size=chunk_size, n=n, **sampling)
+    x, input_ids, mask = (batch.get(name) for name in ("inputs_embeds", "input_ids", "attention_mask"))
+    if x is None and input_ids is None:
+        raise ValueError("the batch has neither input_ids nor inputs_embeds")
+    (B, T), most = (input_ids if x is None else x).shape[:2], model.config.language.max_position_embeddings
+    mask = torch.ones(B, T, dtype=torch.long) if mask is None else mask
+    if not 0 < T <= most:
+        raise ValueError(f"the prompt has {T} tokens, the model's context holds {most}" if T else "the prompt is empty")
+    if mask.shape != (B, T) or not mask[:, -1].all():
+        raise ValueError(f"attention_mask of shape {list(mask.shape)}: expected {[B, T]}, the padding on the left")
+    if cache is not None and (x is not None or B * n > 1):
+        raise ValueError("a cache continues one conversation of input_ids: not inputs_embeds, a batch, or n above 1")
+    if n > 1 and sampling.get("temperature", 0) == 0:
+        raise ValueError(f"n is {n} at temperature 0, where all answers are the same")
+    steps = min(max_new_tokens, most - T + 1)
+
+    if cache is not None:
+        x, kv = cache.embed_new(model, batch), cache.kv
+        kv.enlarge(T + steps - 1)
+    else:
+        x, kv = embed_prompt(model, batch) if x is None else x, model.new_cache(B, T + steps - 1)
+    logits = prefill(model, x, mask[:, -x.shape[1] :], kv, chunk_size and int(chunk_size))
+    seen = torch.zeros_like(logits, dtype=torch.long)  # (B, vocabulary), how often a row has each id; without padding
+    if input_ids is not None:
+        seen.scatter_add_(1, input_ids.to(seen), mask.to(seen))
+    if n > 1:
+        kv.enlarge(kv.capacity, n)
+        logits, seen = logits.repeat_interleave(n, dim=0), seen.repeat_interleave(n, dim=0)
+    for ids in decode(model, logits, seen > 0, kv, steps, **sampling):
+        if cache is not None:
+            cache.tokens += [(id, None) for id in ids]
+        yield ids
+
+
+def generate(
+    model: DeepseekVL,
+    batch: dict[str, Tensor],
+    max_new_tokens: int = 512,
+    stop: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    **options,
+) -> list[list[int]]:
     """The new ids of each row, its end token included where it was produced.
 
-    A row ends with an end token or after `max_new_tokens`; all rows end where the longest one, padding
-    included, fills the model's context.
+    A row ends with an end token, with the token that completes a `stop` text, or after `max_new_tokens`; all
+    rows end where the longest one, padding included, fills the model's context.
 
     Args:
-        batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels.
+        batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels. Or inputs_embeds
+            (B, T, D), from `DeepseekVL.embed`, in place of ids and pixels; if input_ids are there too, they
+            are what the repetition penalty counts.
+        stop: texts that end an answer; they need the `tokenizer`.
         options: temperature (0: always the likeliest token), top_k (0: off), top_p (1: off),
             repetition_penalty (1: off; counts prompt and answer), seed (for temperature above 0;
-            None: another answer each time), chunk_size (tokens of the prompt fed at once).
+            None: another answer each time), chunk_size (tokens of the prompt fed at once), n (answers to
+            each prompt, which is fed once: B * n rows, those of one prompt in a row), log_probs (k: the
+            ids are `Token`s with the k likeliest at their place), cache (a `ConversationCache`: feed only
+            what it does not hold).
     Raises: ValueError for an option out of its range, or a prompt beyond the model's context.
     """
-    ends = model.config.end_token_ids
-    rows: list[list[int]] = [[] for _ in batch["input_ids"]]
-    for ids in decode(model, batch, max_new_tokens, **options):
-        for row, new in zip(rows, ids):
-            if not row or row[-1] not in ends:
-                row.append(new)
-        if all(row[-1] in ends for row in rows):
+    if stop and (tokenizer is None or isinstance(stop, str) or not all(stop)):
+        raise ValueError("stop is a list of texts that are not empty, and needs the tokenizer")
+    ends, rows, texts = model.config.end_token_ids, [], []
+    open_rows: set[int] | None = None
+    for ids in answer(model, batch, max_new_tokens, **options):
+        if open_rows is None:
+            rows, open_rows = [[] for _ in ids], set(range(len(ids)))
+            texts = [TextStream(tokenizer, stop) for _ in ids] if stop else []
+        for row in sorted(open_rows):
+            rows[row].append(ids[row])
+            if stop:
+                texts[row].push(ids[row])
+            if ids[row] in ends or stop and texts[row].stopped:
+                open_rows.remove(row)
+        if not open_rows:
             break
     return rows
 
@@ -304,11 +443,12 @@ def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 
 def stream(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> Iterator[int]:
     """The ids that `generate` returns, each as it comes, for a batch of one conversation.
 
-    Raises: ValueError as `generate`, and for a batch of more than one row.
+    Stop texts are the business of `TextStream`. Raises: ValueError as `generate`, and for more than one row.
     """
-    if len(batch["input_ids"]) != 1:
-        raise ValueError(f"stream takes one conversation, this batch has {len(batch['input_ids'])}; use generate")
-    for (new,) in decode(model, batch, max_new_tokens, **options):
+    rows = len(batch.get("input_ids", batch.get("inputs_embeds", ()))) * options.get("n", 1)
+    if rows != 1:
+        raise ValueError(f"stream takes one conversation, this batch has {rows}; use generate")
+    for (new,) in answer(model, batch, max_new_tokens, **options):
         yield new
         if new in model.config.end_token_ids:
             return
@@ -360,23 +500,34 @@ def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reas
 class TextStream:
     """Turns ids into text as they come, holding back bytes until they make whole characters.
 
-    A character outside ASCII is several bytes, and byte-level BPE may split it between tokens.
+    A character outside ASCII is several bytes, and byte-level BPE may split it between tokens. What could begin a
+    `stop` text is held back too; where one is complete, the text ends before it, and `stopped` is true.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop, self.held, self.stopped = tokenizer, stop, "", False
         self.tags = {tokenizer.token_to_id(tag) for tag in GROUNDING_TAGS}  # special, but part of the answer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, which may be none."""
-        if self.tokenizer.is_special(token_id) and token_id not in self.tags:
+        if self.stopped or (self.tokenizer.is_special(token_id) and token_id not in self.tags):
             return ""
-        return self.utf8.decode(self.tokenizer.token_bytes(token_id))
+        return self._release(self.utf8.decode(self.tokenizer.token_bytes(token_id)))
 
     def finish(self) -> str:
-        """What is left at the end: bytes that never became a character, as U+FFFD."""
-        return self.utf8.decode(b"", final=True)
+        """What is left at the end; bytes that never became a character are U+FFFD."""
+        text = self._release(self.utf8.decode(b"", final=True)) + self.held
+        self.held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self.held + text
+        found = [text.index(word) for word in self.stop if word in text]
+        self.stopped |= bool(found)
+        starts = [text[-k:] for word in self.stop for k in range(1, len(word)) if text.endswith(word[:k])]
+        self.held = "" if found else max(starts, key=len, default="")
+        return text[: min(found)] if found else text.removesuffix(self.held)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -424,7 +575,7 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
-def make_message(prompt: str | None, images: list[str]) -> dict:
+def make_message(prompt: str | None, images: list[str], raw: bool = False) -> dict:
     """The user's message; a prompt of "-" is read from standard input.
 
     Raises: ValueError where there is nothing to ask, or an image that cannot be read.
@@ -432,7 +583,7 @@ def make_message(prompt: str | None, images: list[str]) -> dict:
     if prompt is None:
         if not images:
             raise ValueError("nothing to do: give --image, --prompt or both")
-        prompt = "Describe this image."
+        prompt = "" if raw else "Describe this image."
     if prompt == "-":
         if "-" in images:
             raise ValueError("--prompt and --image both read standard input, give a file for one")
@@ -470,12 +621,8 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
     boxes = parse_boxes(answer, image.size)
     if not boxes:
         return f"the answer locates nothing, {file} is not written"
-    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
+    with whole_file(file) as unfinished:
         draw_boxes(image, boxes).save(unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return f"{len(boxes)} box{'es' * (len(boxes) > 1)} drawn in {file}"
 
 
@@ -492,14 +639,15 @@ def run(args: argparse.Namespace) -> None:
     processor = Processor(folder)
     if args.boxes is not None and not processor.is_vl2:
         raise ValueError(f"--boxes needs a DeepSeek-VL2, {folder} is a DeepSeek-VL, which locates nothing")
-    asks = args.prompt is not None or args.image or args.save is None
+    asks = not args.chat and (args.prompt is not None or args.image or args.save is None)
     if asks:
-        message = make_message(args.prompt, args.image)
-        batch = processor([message], system=args.system)
-        prompt_tokens, highest_id = batch["input_ids"].shape[1], int(batch["input_ids"].max())
+        message = make_message(args.prompt, args.image, args.raw)
+        batch = processor([message], system=args.system, raw=args.raw)
+        highest_id = int(batch["input_ids"].max())
         vocabulary = read_config(folder, processor.tokenizer).language.vocab_size
         if highest_id >= vocabulary:
             raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
+    pictures = {image: load_image(image) for image in args.image} if args.chat else {}
     if folder.resolve() == DEMO.resolve():
         note("", args.quiet)
         tell(DEMO_NOTICE)
@@ -518,39 +666,51 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
+    note(f"loaded in {time.perf_counter() - start:.1f} s", args.quiet)
+    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if slow:
+        tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
+    if args.compile:  # on a terminal the answer's line may be open when this fails
+        lead = "\n" if sys.stderr.isatty() else ""
+        compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))
+    if args.chat:
+        chat(args, model, processor, pictures, options)
     if asks:
-        note(f"loaded in {time.perf_counter() - start:.1f} s; prefilling {prompt_tokens} tokens", args.quiet)
         answer = say_answer(args, model, processor, batch, options)
     if args.boxes is not None:
         tell(save_boxes(Path(args.boxes), message["images"][-1], answer))
 
 
-def say_answer(args: argparse.Namespace, model: DeepseekVL, processor: Processor, batch: dict, options: dict) -> str:
-    """Stream the answer to standard output, as whole lines also after Ctrl-C. Returns it."""
-    text, answer = TextStream(processor.tokenizer), ""
+def say_answer(
+    args: argparse.Namespace, model: DeepseekVL, processor: Processor, batch: dict, options: dict,
+    cache: ConversationCache | None = None,
+) -> str:  # fmt: skip
+    """Stream the answer to standard output, as whole lines also after Ctrl-C. Returns it.
+
+    With a cache, in a chat, Ctrl-C ends the answer alone.
+    """
+    text, answer, interrupted, new = TextStream(processor.tokenizer, args.stop), "", False, None
 
     def say(piece: str) -> None:
         nonlocal answer
-        piece = piece if answer else piece.removeprefix(" ")  # the answer's first token begins with one
+        piece = piece if answer or args.raw else piece.removeprefix(" ")  # an answer's first token begins with one
         answer += piece
         print(piece, end="", flush=True)
 
-    def warn(line: str) -> None:
-        note("", args.quiet)
-        tell(f"\n{line}" if answer and sys.stderr.isatty() else line)  # on a terminal the answer's line may be open
-
-    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    if slow:
-        warn(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
-    if args.compile:
-        compile_steps(model, lambda why: warn(f"--compile: not possible here, going on without it ({why})"))
-    start, prompt_tokens, times = time.perf_counter(), batch["input_ids"].shape[1], []
+    start, times = time.perf_counter(), []
+    note(f"prefilling {batch['input_ids'].shape[1]} tokens", args.quiet)
     try:
-        for new in stream(model, batch, **options):
+        for new in stream(model, batch, cache=cache, **options):
             if not times:
                 note("", args.quiet)
             times.append(time.perf_counter())
             say(text.push(new))
+            if text.stopped:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+        if cache is None:
+            raise
     finally:
         if times:
             say(text.finish())
@@ -559,12 +719,96 @@ def say_answer(args: argparse.Namespace, model: DeepseekVL, processor: Processor
             # From the second token on: its own step may have compiled.
             rate = f", {(count - 2) / (now - times[1]):.1f} tokens/s" if count > 2 else ""
             read, written = times[0] - start, now - times[0]
-            line = f"{prompt_tokens} tokens read in {read:.1f} s, {count} written in {written:.1f} s{rate}"
-            note(f"{line}\n", args.quiet)
-    if new not in model.config.end_token_ids:
+            fed = batch["input_ids"].shape[1] - (cache.reused if cache else 0)
+            note(f"{fed} tokens read in {read:.1f} s, {count} written in {written:.1f} s{rate}\n", args.quiet)
+    if not (interrupted or text.stopped or new in model.config.end_token_ids):
         limit = "--max-new-tokens" if len(times) == options["max_new_tokens"] else "the model's context"
         tell(f"the answer was cut off after {len(times)} tokens, by {limit}")
     return answer
+
+
+COMMANDS = """/image FILE  adds a picture to the next question
+/clear       starts over
+/save FILE   writes the conversation as JSON
+/quit        ends, and so does Ctrl-D"""
+
+
+def chat(
+    args: argparse.Namespace, model: DeepseekVL, processor: Processor, waiting: dict[str, Image.Image], options: dict
+) -> None:
+    """Answer the lines of standard input. `waiting` has the next question's pictures, by what they were named."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (`input` then edits and remembers lines)
+    if sys.stdin is None:
+        raise ValueError("--chat reads questions from standard input, which is closed")
+    sys.stdin.reconfigure(errors="surrogateescape")
+    terminal = sys.stdin.isatty()
+    if terminal:
+        tell(COMMANDS)
+    messages, spoken, cache, line = [], [], ConversationCache(model), args.prompt  # spoken: with pictures by name
+    while True:
+        try:
+            line = input("> " if terminal else "") if line is None else line
+            command, _, value = line.strip().partition(" ")
+            if command == "/quit":
+                return
+            if command == "/clear":
+                messages, spoken, waiting, cache = [], [], {}, ConversationCache(model)
+            elif command == "/image":
+                if value.strip() in ("", "-"):
+                    raise ValueError("/image needs the name of a file, or an address")
+                waiting = waiting | {value.strip(): load_image(value.strip())}
+            elif command == "/save":
+                save_conversation(Path(value.strip()).expanduser(), spoken)
+            elif command.startswith("/"):
+                raise ValueError(f"{command[:80]} is no command, expected /image, /clear, /save or /quit")
+            elif command:
+                question = {"role": "user", "content": check_utf8("the question", line.strip())}
+                batch = processor([*messages, question | {"images": list(waiting.values())}], system=args.system)
+                answer = say_answer(args, model, processor, batch, options, cache)
+                if answer:  # otherwise the question was not asked
+                    reply = {"role": "assistant", "content": answer}
+                    messages += [question | {"images": list(waiting.values())}, reply]
+                    spoken += [question | {"images": list(waiting)}, reply]
+                    waiting = {}
+                most = processor.max_positions
+                if (left := most - len(cache.tokens)) < most // 10:
+                    tell(f"{left} tokens are left of the model's context of {most}: /clear starts over")
+        except EOFError:
+            print("\n" if terminal else "", end="")
+            return
+        except KeyboardInterrupt:  # while a line is typed
+            if not terminal:
+                raise
+            print()
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            note("", args.quiet)
+            tell(f"error: {' '.join(str(error).split())}")
+        line = None
+
+
+def save_conversation(file: Path, messages: list[dict]) -> None:
+    """Write messages, as `Processor` takes them, as JSON. Raises: ValueError where that cannot be done."""
+    if file.suffix != ".json":
+        raise ValueError(f"/save {file}: expected a name that ends in .json")
+    with whole_file(file) as unfinished:
+        unfinished.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    tell(f"{len(messages)} messages written to {file}")
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A file to write to, which replaces `file` if nothing goes wrong. Raises: ValueError that names `file`."""
+    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be written ({error.strerror or error})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1000,7 +1000,7 @@ def load_model(
     """A checkpoint folder's model, in eval mode.
 
     The model is built without memory. Each module then gets its tensors, converted, quantized or packed. A tensor that
-    has the wanted dtype and device already is not copied (but for what is packed anew, and for transformers' q, k and v,
+    has the wanted dtype and device already is not copied (but for what is packed, and for transformers' q, k and v,
     which are stacked): the file must then stay unchanged for as long as the model lives.
 
     Args:

@@ -221,10 +221,9 @@ def rope_angles(position_ids: Tensor, config: LanguageConfig) -> tuple[Tensor, T
     pairs = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (pairs / d)
     length = 1.0
-    if config.yarn is not None:
+    if yarn := config.yarn:
         frequencies = yarn_frequencies(frequencies, config)
-        length = yarn_mscale(config.yarn.factor, config.yarn.mscale)
-        length /= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim)
+        length = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
     return angles.cos() * length, angles.sin() * length
 
@@ -244,8 +243,7 @@ def yarn_frequencies(frequencies: Tensor, config: LanguageConfig) -> Tensor:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
-    ramp = (torch.arange(d // 2, device=frequencies.device) - low) / max(high - low, 0.001)
-    slowed = ramp.clamp(0, 1)
+    slowed = ((torch.arange(d // 2, device=frequencies.device) - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
 
 
@@ -322,7 +320,8 @@ class KVCache:
     attention: their latent and one rotated key, side by side, (B, 1, capacity, R + rope).
 
     Memory for `capacity` tokens is taken once, so no step copies what is there. The next token goes to
-    place `length`, in every row of the batch: shorter rows are padded on the left. The 7B caches
+    place `length`, in every row of the batch: shorter rows are padded on the left. A smaller `length`
+    forgets the tokens behind it. The 7B caches
     30 layers x 2 x 32 heads x 128 = 245,760 values a token, VL2 small 27 x 576 = 15,552.
 
     With `fixed_shape`, a step of one token attends to all places, and a bias hides those not yet
@@ -363,6 +362,14 @@ class KVCache:
             layer.places, layer.seen = places, self.capacity if fixed else end
         return self.real[:, : self.capacity if fixed else end] if fixed or self.has_padding else None
 
+    def enlarge(self, capacity: int, n: int = 1) -> None:
+        """Make room for `capacity` tokens a row, and put n copies of each row in its place; what is there stays."""
+        more = max(0, (-(-capacity // 256) * 256 if self.fixed_shape else capacity) - self.capacity)
+        self.capacity += more
+        self.real = F.pad(self.real.repeat_interleave(n, dim=0), (0, more))
+        for layer in self.layers if more or n > 1 else ():
+            layer.tensors = [F.pad(t.repeat_interleave(n, dim=0), (0, 0, 0, more)) for t in layer.tensors]
+
 
 # ---------------------------------------------------------------------------- decoder
 
@@ -380,17 +387,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.scale = softmax_scale(self.head_dim, config)
-        D, q_width, kv_width = (
-            config.hidden_size,
-            self.heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
-        self.q_proj = nn.Linear(D, q_width, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, D, bias=False)
+        D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.head_dim, self.scale = H, d, softmax_scale(d, config)
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, G * d, bias=False)
+        self.v_proj = nn.Linear(D, G * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, bias: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """
@@ -433,21 +435,20 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
-        sizes, D = config.latent, config.hidden_size
-        self.heads, self.config = config.num_attention_heads, sizes
+        sizes, D, H = config.latent, config.hidden_size, config.num_attention_heads
         query_dim = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
-        self.scale = softmax_scale(query_dim, config)
+        self.heads, self.config, self.scale = H, sizes, softmax_scale(query_dim, config)
         if sizes.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, self.heads * query_dim, bias=False)
+            self.q_proj = nn.Linear(D, H * query_dim, bias=False)
         else:  # queries through a latent of their own, which saves parameters
             self.q_a_proj = nn.Linear(D, sizes.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(sizes.q_lora_rank, self.heads * query_dim, bias=False)
+            self.q_b_proj = nn.Linear(sizes.q_lora_rank, H * query_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(D, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS)
-        kv_width = self.heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
+        kv_width = H * (sizes.qk_nope_head_dim + sizes.v_head_dim)
         self.kv_b_proj = nn.Linear(sizes.kv_lora_rank, kv_width, bias=False)  # W_k and W_v of every head
-        self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, D, bias=False)
+        self.o_proj = nn.Linear(H * sizes.v_head_dim, D, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, bias: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """As `Attention.forward`."""
@@ -804,7 +805,9 @@ class DeepseekVL(nn.Module):
             seen = pixel_values is not None and len(pixel_values)
             pictures = (pixel_values, high_res_pixel_values, images_spatial_crop)
             inputs_embeds = self.embed(input_ids, self.encode_images(*pictures) if seen else (), images_seq_mask)
-        x = inputs_embeds.to(self.device)
+        x = inputs_embeds.to(self.device)  # (B, T, D)
+        if x.dim() != 3 or x.shape[2] != (D := self.config.language.hidden_size):
+            raise ValueError(f"inputs_embeds have shape {list(x.shape)}, expected [B, T, {D}]")
         B, T = x.shape[:2]
         if attention_mask is not None and attention_mask.shape != (B, T):
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, expected {[B, T]}, as the tokens")

@@ -776,8 +776,8 @@ class Piece:
     learnt: bool = False
 
 
-def message_text(message: dict, marker: str) -> tuple[str, str, list]:
-    """A message's role (User, Assistant or System), its text as it is, and its images.
+def message_text(message: dict, marker: str, raw: bool) -> tuple[str, str, list]:
+    """A message's role (User, Assistant or System), its text, with its outer white space if `raw`, and its images.
 
     Content is either text with markers, images beside it, or a list of parts as transformers has it.
     """
@@ -790,7 +790,7 @@ def message_text(message: dict, marker: str) -> tuple[str, str, list]:
     if isinstance(content, str):
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"the images of a message must be a list, even of one, not a {type(images).__name__}")
-        text = content.strip()
+        text = content if raw else content.strip()
     elif isinstance(content, Sequence) and not images:
         text, images = join_parts(content, marker)
     else:
@@ -1071,18 +1071,18 @@ class Processor:
         inputs["pixel_values"] = to_tensor(transformers_square(image, settings), settings)[None]
         return inputs, n_tokens
 
-    def prompt(self, conversation: Sequence[dict], system: str | None = None) -> str:
+    def prompt(self, conversation: Sequence[dict], system: str | None = None, raw: bool = False) -> str:
         """A conversation as one text, with one marker an image.
 
         DeepSeek-VL tokenizes this text as it is. DeepSeek-VL2 tokenizes it piece by piece, without
         the space that is shown here before an answer.
         """
-        return "".join(piece.text for piece in self._pieces(conversation, system)[0])
+        return "".join(piece.text for piece in self._pieces(conversation, system, raw)[0])
 
-    def _pieces(self, conversation: Sequence[dict], system: str | None) -> tuple[list[Piece], list]:
+    def _pieces(self, conversation: Sequence[dict], system: str | None, raw: bool) -> tuple[list[Piece], list]:
         """The prompt in pieces, and the conversation's images in order."""
         messages, images = [], []
-        parsed = [message_text(message, self.image_token) for message in conversation]
+        parsed = [message_text(message, self.image_token, raw) for message in conversation]
         count, other = sum(len(found) for _, _, found in parsed), IMAGE_MARKERS[not self.is_vl2]
         own = sum(text.count(self.image_token) for _, text, _ in parsed)
         theirs = sum(text.count(other) for _, text, _ in parsed)
@@ -1100,26 +1100,29 @@ class Processor:
                 raise ValueError("a system message must be the first, and the only system text given")
         if not messages:
             raise ValueError("a conversation needs at least one message of a user")
+        if raw and (len(messages) > 1 or messages[0][0] != "User" or system is not None):
+            raise ValueError("a raw text is one message of a user, without a system text")
         if messages[-1][0] == "User":
             messages.append(("Assistant", ""))
         if system is None:
             system = "" if self.is_vl2 else SYSTEM_TEXT
         end = self.tokenizer.tokens[self.eos_token_id]
         pieces = (vl2_pieces if self.is_vl2 else vl_pieces)(system.strip(), messages, end)
+        pieces = [Piece(messages[0][1], learnt=True)] if raw else pieces
         n_markers = sum(piece.text.count(self.image_token) for piece in pieces)
         if n_markers != len(images):
             markers = f"{n_markers} image marker{'s' * (n_markers != 1)}"
             given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
             raise ValueError(f"the text has {markers}, but {given} given")
-        if self.is_vl2 and any(self.image_token in piece.text for piece in pieces if piece.learnt):
+        if self.is_vl2 and not raw and any(self.image_token in piece.text for piece in pieces if piece.learnt):
             raise ValueError("an assistant's message holds an image, which DeepSeek-VL2 does not take")
         return pieces, images
 
-    def _tokenize(self, pieces: list[Piece], labels: bool) -> tuple[list[int], list[bool]]:
+    def _tokenize(self, pieces: list[Piece], labels: bool, raw: bool) -> tuple[list[int], list[bool]]:
         """Ids with the begin token in front and one id an image, and for each whether it is learnt."""
         encode, learnt = self.tokenizer.encode, [piece.learnt for piece in pieces]
         if self.is_vl2:
-            runs = [encode(piece.text.lstrip(" ")) for piece in pieces]
+            runs = [encode(piece.text if raw else piece.text.lstrip(" ")) for piece in pieces]
             ids, ends = [id for run in runs for id in run], accumulate(map(len, runs))
         else:
             *prefixes, text = accumulate(piece.text for piece in pieces)
@@ -1132,11 +1135,11 @@ class Processor:
         return [self.bos_token_id, *ids], [False, *flags]
 
     def _row(
-        self, conversation: Sequence[dict], system: str | None, labels: bool
+        self, conversation: Sequence[dict], system: str | None, labels: bool, raw: bool
     ) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Tensor]]]:
         """One conversation: ids (T,), where image features go (T,), labels (T,), and each image's tensors."""
-        pieces, sources = self._pieces(conversation, system)
-        tokens, flags = self._tokenize(pieces, labels)
+        pieces, sources = self._pieces(conversation, system, raw)
+        tokens, flags = self._tokenize(pieces, labels, raw)
         tiled = len(sources) <= 2  # DeepSeek-VL2 gives each of three or more images one local tile
         repeats, inputs, length = [], [], len(tokens)
         self._check_length(length)
@@ -1169,6 +1172,7 @@ class Processor:
         conversations: Sequence[dict] | Sequence[Sequence[dict]],
         system: str | None = None,
         labels: bool = False,
+        raw: bool = False,
     ) -> dict[str, Tensor]:
         """A batch for the model from one conversation or a list of them, shorter ones padded on the left.
 
@@ -1176,7 +1180,8 @@ class Processor:
         bool (B, T), true where an image feature takes the place of an embedding. With images, the
         tensors of `image_inputs`, those of all images joined in order, row by row. With `labels`,
         labels int64 (B, T): -100 on padding and images, and outside the answers unless the
-        checkpoint sets mask_prompt to false. `system` replaces the system text; "" leaves it out.
+        checkpoint sets mask_prompt to false. `system` replaces the system text; "" leaves it out. With `raw`, for
+        base models, a conversation is one message, whose text follows the begin token as it is, and is all learnt.
 
         Raises ValueError where image markers and images differ in number, where a prompt is longer
         than the model's context, and where a conversation or an image cannot be read.
@@ -1193,7 +1198,7 @@ class Processor:
         rows = []
         for index, conversation in enumerate(conversations):
             try:
-                rows.append(self._row(list(conversation), system, labels))
+                rows.append(self._row(list(conversation), system, labels, raw))
             except (ValueError, TypeError) as error:
                 if len(conversations) == 1 and isinstance(error, ValueError):
                     raise

@@ -162,8 +162,14 @@ def test_a_whole_model_runs_alone(kind, monkeypatch):
 def test_decode_runs_alone(monkeypatch):
     tested, processor = golden_model("vl2-mla")
     batch, options = processor(golden("vl2-mla").conversations[:2]), dict(temperature=0.7, top_p=0.9, top_k=50, seed=1)
-    alone = lifted("generate", "decode", monkeypatch).decode(tested, batch, 6, repetition_penalty=1.2, **options)
-    assert [*alone] == [*generate.decode(copy.copy(tested), batch, 6, repetition_penalty=1.2, **options)]
+    vocabulary, T = tested.config.language.vocab_size, batch["input_ids"].shape[1]
+    seen = torch.zeros(2, vocabulary).scatter_add(1, batch["input_ids"], batch["attention_mask"].float()) > 0
+    rows = []
+    for decode in (lifted("generate", "decode", monkeypatch).decode, generate.decode):
+        cache = tested.new_cache(2, T + 5)
+        logits = tested(**batch, cache=cache).logits[:, -1]
+        rows.append([*decode(copy.copy(tested), logits, seen, cache, 6, repetition_penalty=1.2, **options)])
+    assert rows[0] == rows[1] and len(rows[0]) == 6
 
 
 def test_no_class_of_the_papers_needs_the_engine():
