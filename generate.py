@@ -727,10 +727,10 @@ def say_answer(
     return answer
 
 
-COMMANDS = """/image FILE  adds a picture to the next question
+COMMANDS = """/image FILE  adds it to the next question
 /clear       starts over
-/save FILE   writes the conversation as JSON
-/quit        ends, and so does Ctrl-D"""
+/save FILE   writes all as JSON
+/quit        ends, as does Ctrl-D"""
 
 
 def chat(
@@ -785,7 +785,8 @@ def chat(
             raise
         except (ValueError, OSError) as error:
             note("", args.quiet)
-            tell(f"error: {' '.join(str(error).split())}")
+            hint = ": /clear starts over" if "over the model's context" in str(error) else ""
+            tell(f"error: {' '.join(str(error).split())}{hint}")
         line = None
 
 

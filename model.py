@@ -805,8 +805,8 @@ class DeepseekVL(nn.Module):
             seen = pixel_values is not None and len(pixel_values)
             pictures = (pixel_values, high_res_pixel_values, images_spatial_crop)
             inputs_embeds = self.embed(input_ids, self.encode_images(*pictures) if seen else (), images_seq_mask)
-        x = inputs_embeds.to(self.device)  # (B, T, D)
-        if x.dim() != 3 or x.shape[2] != (D := self.config.language.hidden_size):
+        x, D = inputs_embeds.to(self.device), self.config.language.hidden_size
+        if x.dim() != 3 or x.shape[2] != D:
             raise ValueError(f"inputs_embeds have shape {list(x.shape)}, expected [B, T, {D}]")
         B, T = x.shape[:2]
         if attention_mask is not None and attention_mask.shape != (B, T):
