@@ -49,7 +49,7 @@ from generate import (
 from load_weights import load_model
 from model import DeepseekVL, ModelConfig, record
 from processor import PixelSettings, Processor, Tokenizer, fit_label, parse_boxes
-from vision import HybridConfig
+from vision import HybridConfig, PixelNorm
 
 LIKELIEST = 5
 LONGEST_SIDE = 800  # of a view in the page, in pixels
@@ -166,10 +166,10 @@ class Cell(NamedTuple):
     bottom: float
 
 
-def to_picture(pixels: Tensor, settings: PixelSettings) -> Image.Image:
-    """(3, height, width), as `to_tensor` made it -> the picture."""
-    if settings.normalize:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+def to_picture(pixels: Tensor, norm: PixelSettings | PixelNorm | None = None) -> Image.Image:
+    """(3, height, width), normalized by `norm`'s mean and std or, without one, in [0, 1] -> the picture."""
+    if norm is not None:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (norm.mean, norm.std))
         pixels = pixels * std + mean
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy())
 
@@ -180,7 +180,7 @@ def lay_out_square(
     """One picture of DeepSeek-VL: a square, and a grid of g x g tokens. As `lay_out_tiles`."""
     high = batch.get("high_res_pixel_values")
     pixels, settings = (batch["pixel_values"], processor.pixels) if high is None else (high, processor.high_res_pixels)
-    picture = to_picture(pixels[image], settings)
+    picture = to_picture(pixels[image], settings if settings.normalize else None)
     if isinstance(config.vision, HybridConfig):
         g, step = config.vision.low.grid, picture.width / config.vision.low.grid
     else:  # SigLIP drops what is left of the last patch
@@ -205,7 +205,8 @@ def lay_out_tiles(
     start, (wide, high) = sum(1 + w * h for w, h in crops[:image]), crops[image]
     whole, *tiles = batch["pixel_values"][start : start + 1 + wide * high]
     rows = [torch.cat(tiles[i : i + wide], dim=-1) for i in range(0, len(tiles), wide)]
-    pictures = [to_picture(pixels, processor.pixels) for pixels in (whole, torch.cat(rows, dim=-2))]
+    norm = processor.pixels if processor.pixels.normalize else None
+    pictures = [to_picture(pixels, norm) for pixels in (whole, torch.cat(rows, dim=-2))]
     side = config.vision.image_size
     parts = [tile_cells(config, 0, 1, 1), tile_cells(config, 1, wide, high)]
     first, last = parts if config.tiles.global_view_first else reversed(parts)
@@ -413,6 +414,12 @@ def write_whole(file: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 def check_file(option: str, file: Path | None, *endings: str) -> None:
     """Raise ValueError where a file to write cannot be, before any time is spent."""
     if file is None:
@@ -442,9 +449,7 @@ def run(args) -> None:
         write_whole(args.out, page)
         print(f"{args.out}: {len(seen.steps)} tokens, {len(page) / 1e6:.1f} MB")
     if args.png is not None:
-        file = io.BytesIO()
-        draw_poster(seen).save(file, "PNG", optimize=True)
-        write_whole(args.png, file.getvalue())
+        write_whole(args.png, png(draw_poster(seen)))
         print(f"{args.png}: {len(seen.steps)} tokens")
 
 
