@@ -425,9 +425,9 @@ def check_file(option: str, file: Path | None, *endings: str) -> None:
     if file is None:
         return
     if file.suffix.lower() not in endings:
-        raise ValueError(f"{option} {file}: expected a name that ends in {' or '.join(endings)}")
+        raise ValueError(f"{option} {str(file)[:200]}: expected a name that ends in {' or '.join(endings)}")
     if file.is_dir() or not file.resolve().parent.is_dir():
-        raise ValueError(f"{option} {file}: expected the name of a file, in a folder that is there")
+        raise ValueError(f"{option} {str(file)[:200]}: expected the name of a file, in a folder that is there")
 
 
 def run(args) -> None:
@@ -470,7 +470,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        fail(str(error) or type(error).__name__)
+        fail(str(error)[:500] or type(error).__name__)
 
 
 if __name__ == "__main__":
