@@ -37,6 +37,7 @@ from generate import (
     DEMO_NOTICE,
     DTYPES,
     Parser,
+    TextStream,
     check_options,
     choose,
     fail,
@@ -290,8 +291,9 @@ def look(model: DeepseekVL, processor: Processor, message: dict, max_new_tokens:
     views, cells = lay_out(model.config, processor, batch, message["images"], processor.decode(ids, False))
     expert_layers = [layer for layer in range(language.num_hidden_layers) if language.has_experts(layer)]
     experts = language.experts.n_routed_experts if expert_layers else 0
-    text = processor.decode(ids).strip()
-    return Look(message["content"], text, processor.tokenizer, steps, views, cells, expert_layers, experts)
+    text = TextStream(processor.tokenizer)  # with the tags of what it locates
+    written = "".join(map(text.push, ids)) + text.finish()
+    return Look(message["content"], written.strip(), processor.tokenizer, steps, views, cells, expert_layers, experts)
 
 
 # ---------------------------------------------------------------------------- the page
@@ -338,7 +340,7 @@ CAPTION = "Bright: most attention as the token was chosen, mean of all layers an
 
 
 def light(view: View, cells: list[Cell], weights: np.ndarray, height: int) -> Image.Image:
-    """The view, each cell the darker the smaller its weight (from 0 to 1)."""
+    """The view, each cell the darker the smaller its weight (from 0 to 1), and its boxes."""
     scale = height / view.picture.height
     picture = view.picture.resize((round(view.picture.width * scale), height))
     mask = Image.new("L", picture.size, 0)
@@ -346,7 +348,10 @@ def light(view: View, cells: list[Cell], weights: np.ndarray, height: int) -> Im
     for cell, weight in zip(cells, weights.tolist()):
         left, top, right, bottom = (round(edge * scale) for edge in cell[2:])
         pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=round(40 + 215 * weight))
-    return Image.composite(picture, Image.new("RGB", picture.size, NIGHT), mask)
+    lit = Image.composite(picture, Image.new("RGB", picture.size, NIGHT), mask)
+    for _, *edges in view.boxes:
+        ImageDraw.Draw(lit).rectangle([round(edge * scale) for edge in edges], outline=CHOSEN)
+    return lit
 
 
 def draw_experts(chosen: list[list[tuple[int, float]]], experts: int, dot: int) -> Image.Image:
