@@ -461,8 +461,8 @@ def run(args) -> None:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--image", action="append", required=True, metavar="FILE", help="as of generate.py; may be repeated")
-    add("--prompt", metavar="TEXT", help="as of generate.py")
+    add("--image", action="append", required=True, metavar="FILE", help="file, address, or - (stdin); may be repeated")
+    add("--prompt", metavar="TEXT", help="the question, or - (stdin); <image> marks where an image goes")
     add("--model", type=Path, default=DEMO, metavar="DIR", help="default: %(default)s")
     add("--out", type=Path, metavar="FILE", help="the page to write, .html")
     add("--png", type=Path, metavar="FILE", help="the picture to write, .png: the attention of each token")
