@@ -4,6 +4,7 @@
     python tests/bench.py towers              the vision towers, one image
     python tests/bench.py answer              DeepSeek-VL 1.3B: prefill of 640 tokens with one image, decode
     python tests/bench.py vl2                 DeepSeek-VL2 tiny: prefill of 471 tokens, decode
+    python tests/bench.py chat                the second turn of a conversation beside its first
     python tests/bench.py load                seconds to load, and private memory at its peak
     python tests/bench.py --against FOLDER    beside another copy of the five files, not transformers
 
@@ -33,7 +34,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("towers", "answer", "vl2", "load")
+SECTIONS = ("towers", "answer", "vl2", "chat", "load")
 
 
 def private_mebibytes() -> float:
@@ -118,8 +119,21 @@ class Ours(Side):
         return self.model.vision.high if name == "sam" else self.model.vision
 
     def token_times(self, batch: dict, count: int) -> list[float]:
-        steps = self.generate.decode(self.model, batch, max_new_tokens=count, **self.decoding)
+        steps = self.generate.stream(self.model, batch, max_new_tokens=count, **self.decoding)
         return [time.perf_counter() for _ in steps]
+
+    def turns(self, *sizes: int) -> list[float]:
+        """Seconds to the first token of a conversation's second turn, and of its first. `sizes`: see `prompt`."""
+        cache, batch, seconds = self.generate.ConversationCache(self.model), prompt(*sizes), []
+        for _ in range(2):
+            start = time.perf_counter()
+            answer = self.generate.stream(self.model, batch, max_new_tokens=8, cache=cache)
+            ids = [next(answer)]
+            seconds.append(time.perf_counter() - start)
+            ids = torch.tensor([[*ids, *answer, *range(10, 26)]])  # the answer, and a question of 16 tokens
+            longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            batch = batch | {name: torch.cat([batch[name], more], dim=1) for name, more in longer.items()}
+        return seconds[::-1]
 
 
 class Transformers(Side):
@@ -285,6 +299,14 @@ class Bench:
 
     def vl2(self) -> None:
         self.answer("DeepSeek-VL2 tiny", ("",))
+
+    def chat(self) -> None:
+        print("\n| to the first token | second turn | first turn | ratio |\n|---|---|---|---|", flush=True)
+        name = "deepseek-vl-1.3b"
+        self.ours.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, pack=True)
+        runs = [self.ours.turns(*self.sizes(name)) for _ in range(self.turns + 1)][1:]
+        label = f"after {sum(self.sizes(name)[1:3])} tokens with one image, {self.dtype}"
+        self.row(label, tuple(map(statistics.median, zip(*runs))), "{:.2f} s".format)
 
     def load(self) -> None:
         self.head("load: peaks are of private memory")
