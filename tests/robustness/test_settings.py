@@ -1,7 +1,6 @@
 """Damaged settings of the processor: one line that names the file and the key, before any memory is taken."""
 
 import json
-import time
 import tracemalloc
 
 import pytest
@@ -70,10 +69,8 @@ def test_a_value_that_is_none_of_its_kind(name, file, key, value, folders):
     content = path.read_text()
     edit_json(path, {key: value})
     try:
-        start = time.perf_counter()
         with pytest.raises(ValueError) as error:
             Processor(folders[name])
-        assert time.perf_counter() - start < 1
     finally:
         path.write_text(content)
     message = str(error.value)
