@@ -669,6 +669,7 @@ def run(args: argparse.Namespace) -> None:
     note(f"loaded in {time.perf_counter() - start:.1f} s", args.quiet)
     slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if slow:
+        note("", args.quiet)
         tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
     if args.compile:  # on a terminal the answer's line may be open when this fails
         lead = "\n" if sys.stderr.isatty() else ""
@@ -744,6 +745,7 @@ def chat(
     sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty()
     if terminal:
+        note("", args.quiet)
         tell(COMMANDS)
     messages, spoken, cache, line = [], [], ConversationCache(model), args.prompt  # spoken: with pictures by name
     while True:
