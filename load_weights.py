@@ -19,6 +19,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -1143,13 +1144,31 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     Raises: ValueError where the folder's config describes another model, for a packed model, and for a tensor that
         no checkpoint has a place for or that is not finite in `dtype`; OSError where nothing can be written.
     """
+    folder = Path(path)
+    tensors = tensors_to_save(model, folder, dtype)
+    unfinished = folder / f".{os.getpid()}.model.safetensors"
+    try:
+        unfinished.touch()  # with the mode that other files get, which save_file would not give
+        mode = unfinished.stat().st_mode
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(mode)
+    except (SafetensorError, OSError) as error:  # a full disk, a folder that is read-only
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({reason})") from None
+    else:
+        unfinished.replace(folder / "model.safetensors")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of the layout that the folder's config.json names. Raises: as `save_model`."""
     if not isinstance(model, DeepseekVL):
         raise ValueError(f"a {type(model).__name__} is no DeepseekVL: save the model that it wraps")
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     if any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
-    folder = Path(path)
     layout, config = read_layout_and_config(folder)
     tied = model.config.language.tie_word_embeddings
     if replace(config, language=replace(config.language, tie_word_embeddings=tied)) != model.config:
@@ -1166,12 +1185,8 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         if name not in shapes or found != list(shapes[name]):
             wanted = list(shapes[name]) if name in shapes else "none: a checkpoint has no place for it"
             raise ValueError(f"tensor {name} of the model has shape {found}, expected {wanted}")
-    parts: dict[str, Iterator[Tensor]] = {}  # of parameters that the checkpoint holds in several tensors
     tensors = {}
-    for name, target in expected_tensors(fresh, layout, set()).items():
-        parameter = parameters[target.parameter]
-        rows = parts.setdefault(target.parameter, iter(parameter.view(-1, *target.shape)))
-        tensor = next(rows)
+    for name, (target, tensor) in checkpoint_tensors(fresh, parameters, layout).items():
         tensors[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
         if tensors[name].dtype not in target.dtypes:
             raise ValueError(f"tensor {target.parameter} is {tensor.dtype}, expected one of {target.dtypes}")
@@ -1182,19 +1197,19 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         del tensors[head]
     elif model.lm_head.weight is model.language.embed_tokens.weight:
         tensors[head] = tensors[head].clone()  # tied by hand: a file has no tensors that share memory
-    unfinished = folder / f".{os.getpid()}.model.safetensors"
-    try:
-        unfinished.touch()  # with the mode that other files get, which save_file would not give
-        mode = unfinished.stat().st_mode
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        unfinished.chmod(mode)
-    except (SafetensorError, OSError) as error:  # a full disk, a folder that is read-only
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({reason})") from None
-    else:
-        unfinished.replace(folder / "model.safetensors")
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return tensors
+
+
+def checkpoint_tensors(
+    model: DeepseekVL, parameters: dict[str, Tensor], layout: Layout
+) -> dict[str, tuple[Target, Tensor]]:
+    """Views of the model's parameters, under the names and in the shapes that a checkpoint of the layout has."""
+    parts: dict[str, Iterator[Tensor]] = {}  # of parameters that the checkpoint holds in several tensors
+    tensors = {}
+    for name, target in expected_tensors(model, layout, set()).items():
+        rows = parts.setdefault(target.parameter, iter(parameters[target.parameter].view(-1, *target.shape)))
+        tensors[name] = target, next(rows)
+    return tensors
 
 
 def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> None:
@@ -1204,16 +1219,22 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
     Raises: ValueError where `path` is already there, or lies in no folder, and as `save_model`.
     """
-    source, path = Path(source), Path(path)
-    check_new_folder(path)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        unfinished.mkdir()
-        for file in sorted(source.iterdir()):
+    with new_folder(Path(path)) as unfinished:
+        for file in sorted(Path(source).iterdir()):
             describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
             if describes or file.name == "tokenizer.model":
                 shutil.copyfile(file, unfinished / file.name)
         save_model(model, unfinished)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path` if no error ends the block, and is gone otherwise."""
+    check_new_folder(path)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        unfinished.mkdir()
+        yield unfinished
         unfinished.rename(path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
