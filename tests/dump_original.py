@@ -1,0 +1,233 @@
+"""Write what DeepSeek's own code computes, stage by stage, for tests/verify.py --against and as golden files.
+
+Runs in the environment of the original code (github.com/deepseek-ai/DeepSeek-VL or DeepSeek-VL2, `pip install -e .`),
+imports nothing of this repository, and calls the original as its README does:
+
+    python dump_original.py DIR --image photo.jpg --prompt "Describe this image." --out dump.safetensors
+    python verify.py DIR --image photo.jpg --prompt "Describe this image." --against dump.safetensors
+    python dump_original.py DIR --cases DIR/cases.json --out DIR/golden.safetensors
+
+A dump holds input_ids (T,), greedy (ids,), greedy_logits (ids, vocabulary), and each stage twice: rounded/<stage>,
+computed in --dtype, and exact/<stage>, computed from the same weights in a wider dtype. Golden files hold the float32
+results of several conversations, and of each only what the tests read.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+NEW_TOKENS, GOLDEN_NEW_TOKENS = 32, 12
+DTYPES = {"float32": (torch.float32, torch.float64), "bfloat16": (torch.bfloat16, torch.float32)}
+
+# A stage, and the module that computes it; `<`: the module's input, `*`: each layer.
+SAM = "vision_model.vision_tower_high.vision_tower"
+HYBRID = [
+    ("SAM pixels", f"<{SAM}"),
+    ("SAM embedded", f"<{SAM}.blocks.0"),
+    ("SAM layer *", f"{SAM}.blocks.*"),
+    ("SAM neck", f"{SAM}.neck"),
+    ("SAM early neck", f"{SAM}.neck_hd"),
+    ("SAM", "<aligner.high_up_proj"),
+]
+SIGLIP = [
+    ("SigLIP pixels", "<{siglip}"),
+    ("SigLIP embedded", "<{siglip}.blocks.0"),
+    ("SigLIP layer *", "{siglip}.blocks.*"),
+    ("SigLIP", "{siglip}"),
+]
+LANGUAGE = [
+    ("embeddings", "<{language}.model.layers.0"),
+    ("experts *", "{language}.model.layers.*.mlp.gate"),
+    ("decoder layer *", "{language}.model.layers.*"),
+    ("decoder", "{language}.model.norm"),
+    ("logits", "{language}.lm_head"),
+]
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def collect(model, points, run):
+    """What `run` makes the model compute, {stage: tensor}, each as the first call of its module leaves it."""
+    seen = {}
+
+    def keep(stage, module, value):
+        if isinstance(value, (tuple, list)):
+            if isinstance(value[0], torch.Tensor) and not value[0].is_floating_point():  # a router: (experts, weights)
+                value = value[1].new_zeros(len(value[0]), len(module.weight)).scatter(1, value[0], value[1])
+            else:
+                return keep(stage, module, value[0])
+        seen.setdefault(stage, value.detach().to("cpu", copy=True).contiguous())
+
+    with ExitStack() as stack:
+        for stage, path in points:
+            pattern = re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)")
+            for name, module in model.named_modules():
+                match = re.fullmatch(pattern, name)
+                if match is None:
+                    continue
+                label = stage.replace("*", match[1]) if match.groups() else stage
+                if path.startswith("<"):
+                    hook = lambda m, args, kwargs, s=label: keep(s, m, next(iter((*args, *kwargs.values()))))  # noqa: E731
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                else:
+                    handle = module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out))
+                stack.callback(handle.remove)
+        run()
+    return seen
+
+
+def widen(model, layers, narrow, wide):
+    """Compute in `wide` from the weights as they are. Decoder layers, most of the memory, are wide one at a time."""
+
+    def convert(parameters, to):
+        for parameter in parameters:
+            parameter.data = parameter.data.to(to)
+
+    inner = {id(parameter) for parameter in layers.parameters()}
+    convert((parameter for parameter in model.parameters() if id(parameter) not in inner), wide)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: convert(module.parameters(), wide))
+        layer.register_forward_hook(lambda module, args, out: convert(module.parameters(), narrow))
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached"):  # sines and cosines that were rounded to the narrow dtype
+            module.max_seq_len_cached = None
+
+
+class Original:
+    """The original's model and processor, loaded from a folder."""
+
+    def __init__(self, folder, dtype, device):
+        self.kind = json.loads((folder / "config.json").read_text())["model_type"]
+        self.is_vl2, self.dtype, self.device = self.kind == "deepseek_vl_v2", dtype, device
+        try:
+            if self.is_vl2:
+                from deepseek_vl2.models import DeepseekVLV2ForCausalLM as Model
+                from deepseek_vl2.models import DeepseekVLV2Processor as Processor
+                from deepseek_vl2.utils.io import load_pil_images
+            elif self.kind == "multi_modality":
+                from deepseek_vl.models import MultiModalityCausalLM as Model
+                from deepseek_vl.models import VLChatProcessor as Processor
+                from deepseek_vl.utils.io import load_pil_images
+            else:
+                fail(f"{folder / 'config.json'}: model_type is {self.kind!r}, expected an official checkpoint")
+        except ImportError as error:
+            fail(f"the original code cannot be imported ({error}): pip install -e . in its repository")
+        self.load_pictures, self.processor = load_pil_images, Processor.from_pretrained(str(folder))
+        # Not .to(dtype), as in README: that would also round the frequencies of the rotations.
+        self.model = Model.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
+        self.language_name = "language" if self.is_vl2 else "language_model"
+        self.language = getattr(self.model, self.language_name)
+        hybrid = not self.is_vl2 and hasattr(self.model.vision_model, "vision_tower_high")
+        siglip = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
+        names = {"siglip": "vision" if self.is_vl2 else siglip, "language": self.language_name}
+        points = (HYBRID if hybrid else []) + SIGLIP + LANGUAGE
+        self.points = [(stage, path.format(**names)) for stage, path in points]
+
+    def inputs(self, conversation, dtype):
+        options = {"system_prompt": ""} if self.is_vl2 else {}
+        pictures = self.load_pictures(conversation)
+        prepared = self.processor(conversations=conversation, images=pictures, force_batchify=True, **options)
+        return prepared.to(self.device, dtype=dtype)
+
+    def stages(self, conversation, dtype):
+        inputs = self.inputs(conversation, dtype)
+
+        def run():
+            embeddings = self.model.prepare_inputs_embeds(**inputs)
+            self.language(inputs_embeds=embeddings, attention_mask=inputs.attention_mask, use_cache=False)
+
+        seen = collect(self.model, self.points, run)
+        features = seen["embeddings"][inputs.images_seq_mask.cpu().bool()]
+        return inputs, seen | ({"aligner": features} if len(features) else {})
+
+    def greedy(self, conversation, count, **options):
+        """New ids, and the logits each was chosen by."""
+        inputs, logits, tokenizer = self.inputs(conversation, self.dtype), [], self.processor.tokenizer
+        hook = self.language.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
+        ids = self.language.generate(
+            inputs_embeds=self.model.prepare_inputs_embeds(**inputs), attention_mask=inputs.attention_mask,
+            pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, max_new_tokens=count, do_sample=False, use_cache=True, **options,
+        )[0].cpu()  # fmt: skip
+        hook.remove()
+        return ids, torch.stack(logits[: len(ids)])
+
+
+def dump(original, images, prompt, name):
+    """The tensors of a dump and its metadata, for verify.py."""
+    roles = ("<|User|>", "<|Assistant|>") if original.is_vl2 else ("User", "Assistant")
+    marker = "<image>\n" if original.is_vl2 else "<image_placeholder>"
+    content = prompt if "<image" in prompt else marker * len(images) + prompt
+    message = {"role": roles[0], "content": content, "images": images}
+    conversation, (narrow, wide) = [message, {"role": roles[1], "content": ""}], DTYPES[name]
+    tensors = dict(zip(("greedy", "greedy_logits"), original.greedy(conversation, NEW_TOKENS)))
+    for prefix, dtype in (("rounded", narrow), ("exact", wide)):
+        if prefix == "exact":
+            widen(original.model, original.language.model.layers, narrow, wide)
+        inputs, seen = original.stages(conversation, dtype)
+        tensors.update({f"{prefix}/{stage}": tensor for stage, tensor in seen.items()})
+    tensors["input_ids"] = inputs.input_ids[0].cpu()
+    pictures = " ".join(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images)
+    about = {"reference": "the original code", "model_type": original.kind, "dtype": name, "given": "[]"}
+    return tensors, {**about, "prompt": prompt, "pictures": pictures}
+
+
+def golden(original, file):
+    """The tensors of a golden file: `<case>.<tensor>`, see tests/parity/test_architecture.py."""
+    tensors, vl2 = {}, original.is_vl2
+    for case, entry in enumerate(json.loads(file.read_text(encoding="utf-8"))["cases"]):
+        conversation = entry["conversation"]
+        for message in conversation:
+            if "images" in message:
+                message["images"] = [str(file.parent / "images" / image) for image in message["images"]]
+        inputs, seen = original.stages(conversation, torch.float32)
+        found = {"input_ids": inputs.input_ids[0], "greedy": original.greedy(conversation, GOLDEN_NEW_TOKENS)[0]}
+        for stage, key in (("decoder layer 0", "hidden_layer1"), ("decoder", "hidden_final"), ("logits", "logits")):
+            found[f"{key}_last64"] = seen[stage][0, -64:]
+        if "aligner" in seen and vl2:
+            found.update(images=inputs.images[0], images_spatial_crop=inputs.images_spatial_crop[0])
+            found.update(vision_tile0=seen["SigLIP"][0], image_embeds_head64=seen["aligner"][:64])
+            found.update(image_embeds_tail64=seen["aligner"][-64:])
+        elif "aligner" in seen:
+            found["pixel_values"] = inputs.pixel_values[0]
+            found["image_features"] = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
+            vision = {"vision_high": seen["SAM"], "vision_low": seen["SigLIP"]} if "SAM" in seen else None
+            found.update(vision or {"vision": seen["SigLIP"]})
+        tensors.update({f"{case}.{key}": tensor.cpu().contiguous() for key, tensor in found.items()})
+    return tensors, {}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="official checkpoint folder")
+    parser.add_argument("--image", action="append", default=[], help="picture; may be repeated")
+    parser.add_argument("--prompt", default="Describe this image.")
+    parser.add_argument("--cases", type=Path, help="write a golden file of these conversations, in float32")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    name = "float32" if args.cases else args.dtype
+    try:
+        with torch.no_grad():
+            original = Original(args.folder, DTYPES[name][0], args.device)
+            made = golden(original, args.cases) if args.cases else dump(original, args.image, args.prompt, name)
+        unfinished = args.out.with_name(f".{args.out.name}.unfinished")
+        save_file(made[0], unfinished, metadata=made[1])
+        unfinished.replace(args.out)
+    except (OSError, KeyError, ValueError) as error:
+        fail(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
