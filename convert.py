@@ -168,6 +168,9 @@ def convert(source: str | Path, path: str | Path, layout: str, dtype: torch.dtyp
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(f"{source}: holds quantized weights, which neither layout has words for")
     contents = (transformers_files if theirs else official_files)(model.config, processor)
+    if not (source / "generation_config.json").exists():
+        ids = {"bos_token_id": processor.bos_token_id, "pad_token_id": processor.pad_token_id}
+        contents["generation_config.json"] = ids | {"eos_token_id": list(model.config.end_token_ids)}
     with new_folder(path) as unfinished:
         write_files(unfinished, contents, source, processor.image_token if theirs else None)
         if read_config(unfinished) != model.config:

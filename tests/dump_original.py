@@ -166,8 +166,9 @@ class Original:
 def dump(original, images, prompt, name):
     """The tensors of a dump and its metadata, for verify.py."""
     roles = ("<|User|>", "<|Assistant|>") if original.is_vl2 else ("User", "Assistant")
-    marker = "<image>\n" if original.is_vl2 else "<image_placeholder>"
-    content = prompt if "<image" in prompt else marker * len(images) + prompt
+    marker, after = ("<image>", "\n") if original.is_vl2 else ("<image_placeholder>", "")
+    content = re.sub("<image>|<image_placeholder>", marker, prompt)
+    content = content if marker in content else (marker + after) * len(images) + prompt
     message = {"role": roles[0], "content": content, "images": images}
     conversation, (narrow, wide) = [message, {"role": roles[1], "content": ""}], DTYPES[name]
     tensors = dict(zip(("greedy", "greedy_logits"), original.greedy(conversation, NEW_TOKENS)))

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from convert import transformers_files  # noqa: E402
 from generate import DTYPES, Parser, fail, generate, note  # noqa: E402
-from load_weights import LAYOUTS, checkpoint_tensors, load_model  # noqa: E402
+from load_weights import LAYOUTS, checkpoint_tensors, load_model, read_config  # noqa: E402
 from model import DeepseekVL  # noqa: E402
 from processor import Processor, load_image  # noqa: E402
 
@@ -231,9 +231,9 @@ def run_transformers(folder: Path, images: list[str], prompt: str, dtype: torch.
     batch = processor([message])
     model, ours = transformers_model(folder, processor, dtype)
     inputs, given = transformers_inputs(folder, processor, message, batch, ours)
-    ends, ours = (None if ours is None else list(ours.config.end_token_ids) or None), None
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": processor.pad_token_id}
-    options |= {} if ends is None else {"eos_token_id": ends}
+    options["eos_token_id"] = list(read_config(folder, processor.tokenizer).end_token_ids) or None
+    del ours
 
     def cast(to: torch.dtype) -> dict[str, Tensor]:
         return {key: value.to(to) if value.is_floating_point() else value for key, value in inputs.items()}
