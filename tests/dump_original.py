@@ -204,7 +204,7 @@ def golden(original, file):
             found["image_features"] = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
             vision = {"vision_high": seen["SAM"], "vision_low": seen["SigLIP"]} if "SAM" in seen else None
             found.update(vision or {"vision": seen["SigLIP"]})
-        tensors.update({f"{case}.{key}": tensor.cpu().contiguous() for key, tensor in found.items()})
+        tensors.update({f"{case}.{key}": tensor.cpu().clone() for key, tensor in found.items()})
     return tensors, {}
 
 
