@@ -1,0 +1,115 @@
+"""convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import edit_json, read_tensors
+from conftest import ROOT, VL_GOLDENS, assert_close, copy_checkpoint, golden
+from safetensors import safe_open
+
+import convert as convert_file
+from convert import convert
+from load_weights import load_model, save_checkpoint
+from processor import Processor
+
+pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
+
+
+@pytest.mark.parametrize("name", VL_GOLDENS)
+def test_there_and_back(name, tmp_path):
+    """Equal tensors of equal dtype, but for what no model uses; config and processor say the same again."""
+    source, there, back = golden(name).folder, tmp_path / "there", tmp_path / "back"
+    convert(source, there, "transformers")
+    convert(there, back, "official")
+    before, after = (read_tensors(folder / "model.safetensors") for folder in (source, back))
+    unused = {key for key in before if ".attn_pool." in key or "_layer_norm." in key and "vision_model." in key[:13]}
+    assert before.keys() - after.keys() == unused and after.keys() <= before.keys()
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype and torch.equal(tensor, before[key])
+    models = [load_model(folder) for folder in (source, there, back)]
+    assert models[0].config == models[1].config == models[2].config
+    prompts = [Processor(folder)(golden(name).conversations[1]) for folder in (source, back)]
+    assert all(torch.equal(prompts[0][key], prompts[1][key]) for key in prompts[0])
+
+
+@pytest.mark.parametrize("name", VL_GOLDENS)
+def test_transformers_loads_the_result(name, tmp_path):
+    """Model, processor, tokenizer, chat template and end token: the same ids, pixels, logits and greedy answer."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "converted"
+    convert(golden(name).folder, folder, "transformers", torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    kind = transformers.AutoModelForImageTextToText
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    image = {"type": "image", "path": str(golden(name).folder / "images" / "1.png")}
+    texts = [{"type": "text", "text": text} for text in (" What is 12 ü? ", "And", "this?\n")]
+    user, answer = {"role": "user", "content": [image, *texts]}, {"role": "assistant", "content": [texts[1]]}
+    ours, model_of_ours = Processor(folder), load_model(folder)
+    for talk in ([user], [{"role": "system", "content": [texts[2]]}, user, answer, user]):
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        expected, batch = processor.apply_chat_template(talk, **options), ours(talk)
+        assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+        for key in ("pixel_values", "high_res_pixel_values"):
+            assert (key in batch) == (key in expected)
+            assert key not in batch or torch.equal(batch[key], expected[key])
+        assert_close(model_of_ours(**batch).logits, model(**expected).logits)
+    assert model.generation_config.eos_token_id == list(model_of_ours.config.end_token_ids)
+
+
+def test_shards_and_another_dtype(tmp_path, monkeypatch):
+    """No shard over the limit, none empty, an index of all; transformers and load_model read them."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(convert_file, "SHARD_BYTES", 100_000)
+    source, folder = golden("vl-siglip").folder, tmp_path / "new"
+    convert(source, folder, "transformers", torch.bfloat16)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3 and {*index["weight_map"].values()} == {file.name for file in files}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert 0 < sum(opened.get_tensor(key).nbytes for key in opened.keys()) <= 100_000
+    right = load_model(source, dtype=torch.bfloat16).state_dict()
+    found = load_model(folder)
+    assert found.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, right[key]) for key, tensor in found.state_dict().items())
+    kind = transformers.AutoModelForImageTextToText
+    assert not any(kind.from_pretrained(folder, output_loading_info=True)[1].values())
+
+
+def test_what_cannot_be_converted(tmp_path):
+    """Nothing is left behind."""
+    int8 = tmp_path / "int8"
+    save_checkpoint(load_model(golden("vl-siglip").folder, quantize="int8"), golden("vl-siglip").folder, int8)
+    odd = copy_checkpoint("vl-hybrid", tmp_path / "odd")
+    edit_json(odd / "config.json", {"vision_config.params.high_res_cfg.pixel_mean": [0.1, 0.2, 0.3]})
+    demo, new = ROOT / "demo" / "checkpoint", tmp_path / "new"
+    before = {*tmp_path.iterdir()}
+    for source, layout, words in (
+        (golden("vl2-mha").folder, "official", "a DeepSeek-VL2, which has no other layout"),
+        (int8, "transformers", "holds quantized weights"),
+        (odd, "transformers", "that config.json of the transformers layout cannot say"),
+        (demo, "transformers", "that config.json of the transformers layout cannot say"),  # its SAM's channels
+        (golden("vl-siglip").folder, "gguf", "layout is 'gguf', expected official or transformers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(source, new, layout)
+    with pytest.raises(ValueError, match="is there already"):
+        convert(golden("vl-siglip").folder, odd, "transformers")
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_command_line(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "convert.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    new = tmp_path / "new"
+    done = run(golden("vl-siglip").folder, new, "--layout", "transformers", "--dtype", "bfloat16")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and load_model(new).dtype == torch.bfloat16
+    refused = run(golden("vl-siglip").folder, new, "--layout", "transformers")
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {new}: is there already, expected the name of a new folder\n"
