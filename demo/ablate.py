@@ -145,28 +145,59 @@ class Fault:
     attribute: str
     wrong: Callable
     stage: str  # of tests/verify.py
+    why: str  # of its effect on the demo
     where: str = "7B"  # or "VL2", or "transformers": of the 7B's kind in the layout of transformers
 
 
 FAULTS = [
-    Fault("tanh GELU in SigLIP", vision_file.SigLIPMLP, "forward", other_gelu, "SigLIP layer 0"),
-    Fault("epsilon 1e-5 in SigLIP", vision_file.SigLIP, "forward", larger_epsilon, "SigLIP layer 0"),
-    Fault("scaled query in relative positions", vision_file, "relative_positions", scaled_query, "SAM layer 0"),
-    Fault("window padding masked", vision_file.SAMAttention, "forward", masked_padding, "SAM layer 0"),
-    Fault("bicubic resizing after the neck", vision_file.SAM, "_tokens", bicubic, "SAM"),
-    Fault("alpha 0: no early features", vision_file.SAM, "forward", without_early_features, "SAM"),
-    Fault("low before high in the aligner", vision_file.HybridAligner, "forward", low_before_high, "aligner"),
-    Fault("interleaved rotation", model_file, "rotate", interleaved_pairs, "decoder layer 0"),
+    Fault(
+        "tanh GELU in SigLIP", vision_file.SigLIPMLP, "forward", other_gelu, "SigLIP layer 0",
+        "the two curves are at most 0.0005 apart",
+    ),
+    Fault(
+        "epsilon 1e-5 in SigLIP", vision_file.SigLIP, "forward", larger_epsilon, "SigLIP layer 0",
+        "the variances are far above either epsilon",
+    ),
+    Fault(
+        "scaled query in relative positions", vision_file, "relative_positions", scaled_query, "SAM layer 0",
+        "places count less by the square root of a head's width",
+    ),
+    Fault(
+        "window padding masked", vision_file.SAMAttention, "forward", masked_padding, "SAM layer 0",
+        "the demo's grid of 16 divides by its window of 8: no padding",
+    ),
+    Fault(
+        "bicubic resizing after the neck", vision_file.SAM, "_tokens", bicubic, "SAM",
+        "between the grid's points alone",
+    ),
+    Fault(
+        "alpha 0: no early features", vision_file.SAM, "forward", without_early_features, "SAM",
+        "fine detail comes from the first global layer",
+    ),
+    Fault(
+        "low before high in the aligner", vision_file.HybridAligner, "forward", low_before_high, "aligner",
+        "each half of the last layer reads the other tower",
+    ),
+    Fault(
+        "interleaved rotation", model_file, "rotate", interleaved_pairs, "decoder layer 0",
+        "other pairs of values turn together",
+    ),
     Fault(
         "positions from the padding on", model_file, "positions_from_mask", positions_from_padding,
-        "positions behind padding",
+        "positions behind padding", "rotations tell only how far apart two tokens are",
     ),
     Fault(
         "sizes truncated, not rounded", processor_file, "transformers_square", truncated_size, "SAM pixels",
-        "transformers",
+        "in the layout of transformers alone", "transformers",
     ),
-    Fault("newlines missing", vision_file.TileAligner, "_with_newlines", without_newlines, "aligner", "VL2"),
-    Fault("bias in the router's weights", model_file.Router, "forward", bias_in_weights, "experts 1", "VL2"),
+    Fault(
+        "newlines missing", vision_file.TileAligner, "_with_newlines", without_newlines, "aligner",
+        "in DeepSeek-VL2 alone", "VL2",
+    ),
+    Fault(
+        "bias in the router's weights", model_file.Router, "forward", bias_in_weights, "experts 1",
+        "in DeepSeek-VL2 alone", "VL2",
+    ),
 ]  # fmt: skip
 
 
@@ -224,26 +255,29 @@ def main() -> None:
     try:
         if args.scenes < 1:
             raise ValueError(f"--scenes {args.scenes}: expected at least 1")
+        if args.out.suffix.lower() not in (".png", ".jpg", ".webp") or not args.out.resolve().parent.is_dir():
+            raise ValueError(
+                f"--out {args.out}: expected a name that ends in .png, .jpg or .webp, in a folder that is there"
+            )
         model, processor = load_model(DEMO / "checkpoint", dtype=torch.float32), Processor(DEMO / "checkpoint")
         exact, right = measure(model, processor, args.scenes)
-        rows = [("none", 0.0, right)]
-        for number, fault in enumerate(FAULTS, start=1):
-            note(f"{number} of {len(FAULTS)}: {fault.name}")
-            if fault.where != "7B":
-                continue
-            with broken(fault):
-                logits, right = measure(model, processor, args.scenes)
-            rows.append((fault.name, ((logits - exact).norm() / exact.norm()).item(), right))
-        note("")
-        print("| fault | first wrong stage | error of the logits | answers exactly right |\n|---|---|---|---|")
-        stages = {fault.name: fault.stage for fault in FAULTS}
-        for name, error, right in rows:
-            print(f"| {name} | {stages.get(name, '')} | {f'{error:.1e}' if error else '0'} | {right:.1%} |")
-        absent = {"VL2": "DeepSeek-VL2 alone", "transformers": "the layout of transformers alone"}
+        rows = [("as it should be", 0.0, right)]
+        print("| fault | first wrong stage | error of the logits | answers exactly right | |\n|---|---|---|---|---|")
+        print(f"| none | | | {right:.1%} | |")
         for fault in FAULTS:
-            if fault.where != "7B":
-                print(f"| {fault.name} | {fault.stage} | {absent[fault.where]} | |")
-        draw_ablation(rows).save(args.out, optimize=True)
+            columns = ["", ""]
+            if fault.where == "7B":
+                note(fault.name)
+                with broken(fault):
+                    logits, right = measure(model, processor, args.scenes)
+                error = ((logits - exact).norm() / exact.norm()).item()
+                rows.append((fault.name, error, right))
+                columns = [f"{error:.1e}" if error else "0", f"{right:.1%}"]
+                note("")
+            print(f"| {fault.name} | {fault.stage} | {' | '.join(columns)} | {fault.why} |", flush=True)
+        unfinished = args.out.with_name(f"unfinished.{args.out.name}")
+        draw_ablation(rows).save(unfinished, optimize=True)
+        unfinished.replace(args.out)
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -12,10 +12,12 @@ from random import Random
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 DEMO = ROOT / "demo"
 sys.path.insert(0, str(DEMO))
 
+import ablate  # noqa: E402
 import evaluate  # noqa: E402
 import scenes  # noqa: E402
 import train  # noqa: E402
@@ -165,7 +167,7 @@ def test_the_command_asks_this_checkpoint_without_a_model():
 
 def test_help_draws_nothing_and_a_picture_is_drawn_where_asked(tmp_path):
     pictures = {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
-    for program in ("draw_tiles.py", "figures.py"):
+    for program in ("draw_tiles.py", "figures.py", "ablate.py"):
         result = run(DEMO / program, "--help")
         assert result.returncode == 0 and result.stdout.startswith("usage: ")
     result = run(DEMO / "draw_tiles.py", DEMO / "images" / "scene.png", "--out", tmp_path / "tiles.png")
@@ -178,6 +180,20 @@ def test_evaluation_prints_its_table():
     assert table.returncode == 0 and all(f"| {task} |" in table.stdout for task in evaluate.ALL_TASKS), table.stderr
 
 
+def test_ablation_prints_every_fault_and_draws_its_picture(tmp_path):
+    """What must ruin the answers does, and what cannot change the logits does not."""
+    result = run(DEMO / "ablate.py", "--scenes", 2, "--out", tmp_path / "ablation.png")
+    assert result.returncode == 0, result.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:]] for line in result.stdout.splitlines()[2:]]
+    rows = {name: values for name, *values in cells}
+    assert rows.keys() == {"none", *(fault.name for fault in ablate.FAULTS)} and len(ablate.FAULTS) == 12
+    assert rows["window padding masked"][1] == "0" and float(rows["positions from the padding on"][1]) < 1e-5
+    for ruin in ("low before high in the aligner", "interleaved rotation"):
+        assert float(rows[ruin][1]) > 0.05 and float(rows[ruin][2].rstrip("%")) < float(rows["none"][2].rstrip("%"))
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.height > 26 * sum(fault.where == "7B" for fault in ablate.FAULTS)
+
+
 BAD_INPUT = {
     "train.py --out full": "error: --out full: holds files, but no unfinished run",
     "train.py --out broken": "error: broken/unfinished.pt: not a run that this program saved",
@@ -185,6 +201,8 @@ BAD_INPUT = {
     "train.py --out new --minutes 0": "error: --minutes 0: expected more than 0",
     "train.py --out new --steps 0": "error: --steps 0: expected at least 1",
     "evaluate.py --scenes 0": "error: --scenes 0: expected at least 1",
+    "ablate.py --scenes 0": "error: --scenes 0: expected at least 1",
+    "ablate.py --out new": "error: --out new: expected a name that ends in .png",
     "draw_tiles.py full/config.json": "error: --out FILE is needed",
 }
 
