@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,20 @@ from processor import Processor
 # ---------------------------------------------------------------------------- the faults
 
 
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within this, `owner.name` is another."""
+    right = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
+
+
+# Each takes what is right and returns what is wrong.
+
+
 def other_gelu(_):
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="none" if self.gelu == "tanh" else "tanh"))
@@ -44,36 +58,49 @@ def other_gelu(_):
     return forward
 
 
+def larger_epsilon(forward):
+    def wrong(self, pixels):
+        with ExitStack() as stack:
+            for norm in (module for module in self.modules() if isinstance(module, torch.nn.LayerNorm)):
+                stack.enter_context(attribute(norm, "eps", 1e-5))
+            return forward(self, pixels)
+
+    return wrong
+
+
 def scaled_query(relative_positions):
     return lambda table: relative_positions(table) * table.shape[-1] ** -0.5
 
 
-def without_early_features(forward):
-    def broken(self, pixels):
-        alpha = self.hd_alpha_downsamples.data
-        try:
-            self.hd_alpha_downsamples.data = torch.zeros_like(alpha)
-            return forward(self, pixels)
-        finally:
-            self.hd_alpha_downsamples.data = alpha
+def masked_padding(forward):
+    def wrong(self, x):
+        padding, attend = (x == 0).all(dim=-1).flatten(1)[:, None, None], self.attend
+        masked = lambda q, k, v, bias: attend(q, k, v, bias.masked_fill(padding, -torch.inf))  # noqa: E731
+        with attribute(self, "attend", masked):
+            return forward(self, x)
 
-    return broken
+    return wrong
+
+
+def bicubic(tokens):
+    def wrong(self, neck, x):
+        right = F.interpolate
+        with attribute(F, "interpolate", lambda *args, **options: right(*args, **options | {"mode": "bicubic"})):
+            return tokens(self, neck, x)
+
+    return wrong
+
+
+def without_early_features(forward):
+    def wrong(self, pixels):
+        with attribute(self.hd_alpha_downsamples, "data", torch.zeros(1).to(self.hd_alpha_downsamples)):
+            return forward(self, pixels)
+
+    return wrong
 
 
 def low_before_high(_):
     return lambda self, high, low: self.proj(F.gelu(torch.cat((self.low_proj(low), self.high_proj(high)), dim=-1)))
-
-
-def masked_padding(forward):
-    def broken(self, x):
-        padding, attend = (x == 0).all(dim=-1).flatten(1)[:, None, None], self.attend
-        self.attend = lambda q, k, v, bias: attend(q, k, v, bias.masked_fill(padding, -torch.inf))
-        try:
-            return forward(self, x)
-        finally:
-            del self.attend
-
-    return broken
 
 
 def interleaved_pairs(_):
@@ -88,52 +115,24 @@ def positions_from_padding(_):
     return lambda mask: torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
 
-def bias_in_weights(forward):
-    def broken(self, x):
-        experts, weights = forward(self, x)
-        if hasattr(self, "e_score_correction_bias"):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid() + self.e_score_correction_bias.float()
-            chosen = scores.gather(-1, experts)
-            norm = chosen.sum(dim=-1, keepdim=True) if self.config.norm_topk_prob else 1
-            weights = chosen / norm * self.config.routed_scaling_factor
-        return experts, weights
-
-    return broken
+def truncated_size(_):
+    return processor_file.official_square
 
 
 def without_newlines(_):
     return lambda self, grid: F.pad(grid, (0, 0, 0, 1)).flatten(0, 1)  # zeros in their places
 
 
-def bicubic(tokens):
-    def broken(self, neck, x):
-        interpolate = F.interpolate
-        F.interpolate = lambda *args, **options: interpolate(*args, **options | {"mode": "bicubic"})
-        try:
-            return tokens(self, neck, x)
-        finally:
-            F.interpolate = interpolate
+def bias_in_weights(forward):
+    def wrong(self, x):
+        experts, weights = forward(self, x)
+        if self.config.topk_method != "noaux_tc":
+            return experts, weights
+        scores = F.linear(x.float(), self.weight.float()).sigmoid() + self.e_score_correction_bias.float()
+        chosen = scores.gather(-1, experts)
+        return experts, chosen / chosen.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
 
-    return broken
-
-
-def larger_epsilon(forward):
-    def broken(self, pixels):
-        norms = [module for module in self.modules() if isinstance(module, torch.nn.LayerNorm)]
-        before = [norm.eps for norm in norms]
-        for norm in norms:
-            norm.eps = 1e-5
-        try:
-            return forward(self, pixels)
-        finally:
-            for norm, eps in zip(norms, before):
-                norm.eps = eps
-
-    return broken
-
-
-def truncated_size(_):
-    return processor_file.official_square
+    return wrong
 
 
 @dataclass(frozen=True)
@@ -201,15 +200,9 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@contextmanager
-def broken(fault: Fault) -> Iterator[None]:
+def broken(fault: Fault) -> AbstractContextManager:
     """Within this, every model and processor has the fault."""
-    right = getattr(fault.owner, fault.attribute)
-    setattr(fault.owner, fault.attribute, fault.wrong(right))
-    try:
-        yield
-    finally:
-        setattr(fault.owner, fault.attribute, right)
+    return attribute(fault.owner, fault.attribute, fault.wrong(getattr(fault.owner, fault.attribute)))
 
 
 # ---------------------------------------------------------------------------- what they do to the demo

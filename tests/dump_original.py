@@ -51,21 +51,30 @@ LANGUAGE = [
 ]
 
 
+def about(reference, model_type, prompt, images, dtype, given):
+    """A dump's metadata. given: the stages that the reference did not compute itself."""
+    pictures = " ".join(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images)
+    names = {"reference": reference, "model_type": model_type, "prompt": prompt, "pictures": pictures, "dtype": dtype}
+    return {**names, "given": json.dumps(given)}
+
+
 def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def collect(model, points, run):
-    """What `run` makes the model compute, {stage: tensor}, each as the first call of its module leaves it."""
+    """What `run` makes the model compute, {stage: tensor}, in the order of computing; first calls of modules count.
+
+    points: stages and paths of modules, as the tables above. Of a router: the weight of each expert for each token.
+    """
     seen = {}
 
     def keep(stage, module, value):
-        if isinstance(value, (tuple, list)):
-            if isinstance(value[0], torch.Tensor) and not value[0].is_floating_point():  # a router: (experts, weights)
-                value = value[1].new_zeros(len(value[0]), len(module.weight)).scatter(1, value[0], value[1])
-            else:
-                return keep(stage, module, value[0])
+        if isinstance(value, tuple) and value[0].dtype == torch.int64:  # a router's: experts and weights
+            value = value[1].new_zeros(len(value[0]), len(module.weight)).scatter(1, value[0], value[1])
+        elif isinstance(value, (tuple, list)):
+            value = torch.cat(value) if isinstance(value, list) else value[0]
         seen.setdefault(stage, value.detach().to("cpu", copy=True).contiguous())
 
     with ExitStack() as stack:
@@ -178,9 +187,7 @@ def dump(original, images, prompt, name):
         inputs, seen = original.stages(conversation, dtype)
         tensors.update({f"{prefix}/{stage}": tensor for stage, tensor in seen.items()})
     tensors["input_ids"] = inputs.input_ids[0].cpu()
-    pictures = " ".join(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images)
-    about = {"reference": "the original code", "model_type": original.kind, "dtype": name, "given": "[]"}
-    return tensors, {**about, "prompt": prompt, "pictures": pictures}
+    return tensors, about("the original code", original.kind, prompt, images, name, [])
 
 
 def golden(original, file):

@@ -23,15 +23,13 @@ Exit status: 0 where all stages are ok, 1 where one is not, 2 where nothing coul
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +37,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from dump_original import DTYPES as WIDER  # noqa: E402
+from dump_original import NEW_TOKENS, about, collect, widen  # noqa: E402
 
 from convert import transformers_files  # noqa: E402
 from generate import DTYPES, Parser, fail, generate, note  # noqa: E402
@@ -47,8 +48,7 @@ from load_weights import LAYOUTS, checkpoint_tensors, load_model, read_config  #
 from model import DeepseekVL  # noqa: E402
 from processor import Processor, load_image  # noqa: E402
 
-NEW_TOKENS, PADDING = 32, 8
-WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+PADDING = 8
 _SAM, _LANGUAGE = "model.high_res_vision_model.vision_encoder", "model.language_model"
 STAGES = [  # a stage, where our model computes it, where transformers' does; `<`: a module's input, `*`: each layer
     ("SAM pixels", "<vision.high", "<model.high_res_vision_model"),
@@ -71,50 +71,7 @@ STAGES = [  # a stage, where our model computes it, where transformers' does; `<
 # Where a checkpoint's SAM has other widths than transformers' class, which knows only 2 and 4 times the neck's.
 OTHER_WIDTHS = ("model.high_res_vision_proj.", "model.aligner.high_res_vision_proj.")
 
-# ---------------------------------------------------------------------------- collecting stages
-
-
-def one_tensor(module: nn.Module, value: Any) -> Tensor:
-    """A stage as one tensor. Of a router: the weight of each expert for each token, zero where it is not chosen."""
-    if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[0].is_floating_point():
-        experts, weights = value[:2]
-        return weights.new_zeros(len(experts), len(module.weight)).scatter(1, experts, weights)
-    if isinstance(value, list):  # DeepSeek-VL2's aligner: one tensor for each image
-        return torch.cat(value)
-    return value if isinstance(value, Tensor) else one_tensor(module, value[0])
-
-
-def collect(model: nn.Module, points: list[tuple[str, str]], every: int, run: Callable) -> dict[str, Tensor]:
-    """What `run` makes the model compute, by stage, in the order of computing.
-
-    Args:
-        points: stages and paths, as in STAGES; every: of layers, each of that many.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep(stage: str, module: nn.Module, value: Any) -> None:
-        seen.setdefault(stage, one_tensor(module, value).detach().to("cpu", copy=True).contiguous())
-
-    def before(stage: str) -> Callable:
-        return lambda module, args, kwargs: keep(stage, module, next(iter((*args, *kwargs.values()))))
-
-    def after(stage: str) -> Callable:
-        return lambda module, args, value: keep(stage, module, value)
-
-    with ExitStack() as stack:
-        for stage, path in points:
-            pattern = re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)")
-            for name, module in model.named_modules():
-                match = re.fullmatch(pattern, name)
-                if match is None or ("layer *" in stage and (int(match[1]) + 1) % every):
-                    continue
-                label = stage.replace("*", match[1]) if match.groups() else stage
-                if path.startswith("<"):
-                    stack.enter_context(module.register_forward_pre_hook(before(label), with_kwargs=True))
-                else:
-                    stack.enter_context(module.register_forward_hook(after(label)))
-        run()
-    return seen
+# ---------------------------------------------------------------------------- transformers, the reference
 
 
 def greedy(model: nn.Module, run: Callable[[], list[int]]) -> dict[str, Tensor]:
@@ -124,27 +81,6 @@ def greedy(model: nn.Module, run: Callable[[], list[int]]) -> dict[str, Tensor]:
     ids = run()
     hook.remove()
     return {"greedy": torch.tensor(ids), "greedy_logits": torch.stack(logits[: len(ids)])}
-
-
-def widen(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:
-    """Make the model compute in `dtype` from the weights it has. Decoder layers are wide only while they compute."""
-
-    def convert(parameters, to: torch.dtype) -> None:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(to)
-
-    narrow, inner = layers[0].input_layernorm.weight.dtype, {id(parameter) for parameter in layers.parameters()}
-    convert((parameter for parameter in model.parameters() if id(parameter) not in inner), dtype)
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda module, args: convert(module.parameters(), dtype))
-        layer.register_forward_hook(lambda module, args, out: convert(module.parameters(), narrow))
-
-
-def pictures_hash(images: list[str]) -> str:
-    return " ".join(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images)
-
-
-# ---------------------------------------------------------------------------- transformers, the reference
 
 
 def transformers_model(folder: Path, processor: Processor, dtype: torch.dtype) -> tuple[nn.Module, DeepseekVL | None]:
@@ -214,7 +150,7 @@ def transformers_inputs(folder: Path, processor: Processor, message: dict, batch
 
 
 @torch.no_grad()
-def run_transformers(folder: Path, images: list[str], prompt: str, dtype: torch.dtype, file: Path, every: int = 1):
+def run_transformers(folder: Path, images: list[str], prompt: str, name: str, file: Path) -> None:
     """Write transformers' stages for one conversation into a file, as tests/dump_original.py does the original's."""
     try:
         import transformers
@@ -228,7 +164,7 @@ def run_transformers(folder: Path, images: list[str], prompt: str, dtype: torch.
             f"{folder}: transformers has no DeepSeek-VL2; --against DUMP takes tests/dump_original.py's file"
         )
     message = {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
-    batch = processor([message])
+    batch, (dtype, wide) = processor([message]), WIDER[name]
     model, ours = transformers_model(folder, processor, dtype)
     inputs, given = transformers_inputs(folder, processor, message, batch, ours)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": processor.pad_token_id}
@@ -241,25 +177,24 @@ def run_transformers(folder: Path, images: list[str], prompt: str, dtype: torch.
     length, points = inputs["input_ids"].shape[1], [(stage, theirs) for stage, _, theirs in STAGES if theirs]
     tensors = {"input_ids": inputs["input_ids"][0]}
     tensors |= greedy(model, lambda: model.generate(**cast(dtype), **options)[0, length:].tolist())
-    for prefix, run_dtype in (("rounded", dtype), ("exact", WIDER[dtype])):
+    for prefix, to in (("rounded", dtype), ("exact", wide)):
         if prefix == "exact":
-            widen(model, model.model.language_model.layers, run_dtype)
-        seen = collect(model, points, every, lambda to=run_dtype: model(**cast(to), use_cache=False))
+            widen(model, model.model.language_model.layers, dtype, wide)
+        seen = collect(model, points, lambda to=to: model(**cast(to), use_cache=False))
         tensors |= {f"{prefix}/{stage}": tensor for stage, tensor in seen.items()}
-    about = {"reference": f"transformers {transformers.__version__}", "model_type": processor.model_type}
-    about |= {"prompt": prompt, "pictures": pictures_hash(images), "given": json.dumps(given)}
-    save_file(tensors, file, metadata=about | {"dtype": str(dtype).removeprefix("torch.")})
+    reference = f"transformers {transformers.__version__}"
+    save_file(tensors, file, metadata=about(reference, processor.model_type, prompt, images, name, given))
 
 
 # ---------------------------------------------------------------------------- this code
 
 
 @torch.no_grad()
-def run_ours(model: DeepseekVL, batch: dict[str, Tensor], every: int) -> dict[str, Tensor]:
+def run_ours(model: DeepseekVL, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our stages, the logits and positions of the same prompt behind padding, and the greedy answer."""
     tower = "vision.low" if hasattr(model.vision, "low") else "vision"
     points = [(stage, ours.replace("vision.low", tower)) for stage, ours, _ in STAGES]
-    seen = collect(model, points, every, lambda: model(**batch))
+    seen = collect(model, points, lambda: model(**batch))
     x, mask = seen["embeddings"], torch.ones(1, PADDING + batch["input_ids"].shape[1], dtype=torch.long)
     mask[:, :PADDING] = 0
     padded = torch.cat((torch.zeros_like(x[:, :PADDING]), x), dim=1)
@@ -276,6 +211,23 @@ def run_ours(model: DeepseekVL, batch: dict[str, Tensor], every: int) -> dict[st
 # ---------------------------------------------------------------------------- comparing
 
 
+class Row(NamedTuple):
+    """A line of the table; the numbers are None where values are only equal or not. `right`: nothing is wrong."""
+
+    stage: str
+    shape: Sequence[int]
+    verdict: str
+    right: bool
+    error: float | None = None
+    rounding: float | None = None
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        numbers = zip((self.error, self.rounding, self.largest), (9, 10, 10))
+        columns = "".join(f"{'' if number is None else f'{number:.1e}':>{width}}" for number, width in numbers)
+        return f"{self.stage:26}{' x '.join(map(str, self.shape)):22}{columns}  {self.verdict}"
+
+
 def tokens(stage: str, tensor: Tensor) -> Tensor:
     """(tokens, width); of pixels one row a picture."""
     tensor = tensor.double().movedim(1, -1) if "neck" in stage else tensor.double()
@@ -289,45 +241,44 @@ def relative_error(stage: str, tested: Tensor, exact: Tensor, robust: bool) -> f
     return (errors.quantile(0.75) if robust else errors.square().mean().sqrt()).item()
 
 
-def compare(ours: dict[str, Tensor], ids: Tensor, reference: Any, dtype: torch.dtype, every: int) -> list[tuple]:
-    """Rows of the table: stage, shape, error, rounding, largest difference, verdict. A verdict in capitals is bad."""
-    given = json.loads(reference.metadata()["given"])
-    theirs = reference.get_tensor("input_ids")
-    same = "given" if "token ids" in given else "same" if torch.equal(ids, theirs) else "DIFFERENT"
-    rows, names = [("token ids", list(ids.shape), None, None, None, same)], set(reference.keys())
-    robust = any(stage.startswith("experts") for stage in ours)
-    for stage, tested in ours.items():
-        decodes = robust and re.match("experts|decoder|logits", stage) is not None
-        if stage.startswith("greedy"):
-            continue
-        if stage.startswith("positions"):
-            right = tested.flatten().tolist() == list(range(tested.numel()))
-            rows.append((stage, list(tested.shape), None, None, None, "same" if right else "DIFFERENT"))
-            continue
-        name = stage.removesuffix(" behind padding")
-        if f"exact/{name}" not in names:
-            rows.append((stage, list(tested.shape), None, None, None, "MISSING in the reference"))
-            continue
-        exact, rounded = (reference.get_tensor(f"{kind}/{name}") for kind in ("exact", "rounded"))
-        if tokens(stage, tested).shape != tokens(stage, exact).shape:
-            rows.append((stage, list(tested.shape), None, None, None, f"SHAPE, expected {list(exact.shape)}"))
-            continue
-        exact, rounded = exact.reshape(tested.shape), rounded.reshape(tested.shape)
-        error, rounding = (relative_error(stage, tensor, exact, decodes) for tensor in (tested, rounded))
-        wrong = not error <= 2 * rounding + torch.finfo(dtype).eps
-        verdict = "given" if stage in given and not wrong else "WRONG" if wrong else "ok"
-        if stage.startswith("experts"):
-            equal, usual = (((t > 0) & (exact > 0)).sum() / (exact > 0).sum() for t in (tested, rounded))
-            verdict = "WRONG" if wrong or 1 - equal > 2 * (1 - usual) + 0.02 else "ok"
-            verdict += f", {equal:.1%} of the experts equal"
-        rows.append((stage, list(tested.shape), error, rounding, (tested - exact).abs().max().item(), verdict))
-    expected = {key[6:] for key in names if key.startswith("exact/")}
-    expected = {stage for stage in expected if "layer " not in stage or (int(stage.split()[-1]) + 1) % every == 0}
-    return rows + [(stage, [], None, None, None, "MISSING in this code") for stage in sorted(expected - ours.keys())]
+def compare_stage(stage: str, tested: Tensor, reference: Any, given: bool, eps: float, experts: bool) -> Row:
+    """One row. eps: of the dtype; experts: whether the decoder has some."""
+    name = stage.removesuffix(" behind padding")
+    if f"exact/{name}" not in reference.keys():
+        return Row(stage, tested.shape, "MISSING in the reference", False)
+    exact, rounded = (reference.get_tensor(f"{kind}/{name}") for kind in ("exact", "rounded"))
+    if tokens(stage, tested).shape != tokens(stage, exact).shape:
+        return Row(stage, tested.shape, f"SHAPE, expected {list(exact.shape)}", False)
+    exact, rounded = exact.reshape(tested.shape), rounded.reshape(tested.shape)
+    robust = experts and stage.startswith(("experts", "decoder", "logits"))
+    error, rounding = (relative_error(stage, tensor, exact, robust) for tensor in (tested, rounded))
+    right, note = error <= 2 * rounding + eps, ""
+    if stage.startswith("experts"):
+        equal, usual = (((t > 0) & (exact > 0)).sum() / (exact > 0).sum() for t in (tested, rounded))
+        right, note = right and 1 - equal <= 2 * (1 - usual) + 0.02, f", {equal:.1%} of the experts equal"
+    verdict = ("given" if given else "ok") if right else "WRONG"
+    largest = (tested.double() - exact).abs().max().item()
+    return Row(stage, tested.shape, verdict + note, bool(right), error, rounding, largest)
 
 
-def bad(row: tuple) -> bool:
-    return row[-1].split(",")[0].split(" ")[0].isupper()
+def compare(ours: dict[str, Tensor], ids: Tensor, reference: Any, eps: float, every: int) -> list[Row]:
+    """The table: ids, then the stages in the order of computing; of layers each of `every`."""
+    given, equal = json.loads(reference.metadata()["given"]), torch.equal(ids, reference.get_tensor("input_ids"))
+    verdict = ("given" if "token ids" in given else "same") if equal else "DIFFERENT"
+    rows, experts = [Row("token ids", ids.shape, verdict, equal)], any(stage.startswith("experts") for stage in ours)
+    expected = [key.removeprefix("exact/") for key in reference.keys() if key.startswith("exact/")]
+    for stage in [*ours, *sorted({*expected} - ours.keys())]:
+        skipped = " layer " in stage and (int(stage.split()[-1]) + 1) % every
+        if skipped or stage.startswith("greedy"):
+            continue
+        if stage not in ours:
+            rows.append(Row(stage, (), "MISSING in this code", False))
+        elif stage.startswith("positions"):
+            right = ours[stage].flatten().tolist() == list(range(ours[stage].numel()))
+            rows.append(Row(stage, ours[stage].shape, "same" if right else "DIFFERENT", right))
+        else:
+            rows.append(compare_stage(stage, ours[stage], reference, stage in given, eps, experts))
+    return rows
 
 
 def compare_answers(ours: dict[str, Tensor], reference: Any, decode: Callable, first: str | None) -> tuple[str, bool]:
@@ -335,30 +286,39 @@ def compare_answers(ours: dict[str, Tensor], reference: Any, decode: Callable, f
     ids, theirs = ours["greedy"].tolist(), reference.get_tensor("greedy").tolist()
     at = next((i for i, pair in enumerate(zip(ids, theirs)) if pair[0] != pair[1]), None)
     if at is None:
-        return f"{len(theirs)} of {len(theirs)} greedy tokens equal", len(ids) == len(theirs)
+        return f"{min(len(ids), len(theirs))} of {len(theirs)} greedy tokens equal", len(ids) == len(theirs)
     pair = [ids[at], theirs[at]]
     sides = ours["greedy_logits"][at][pair].tolist(), reference.get_tensor("greedy_logits")[at][pair].tolist()
     margin = sides[1][1] - sides[1][0]
-    exact, rounded = (reference.get_tensor(f"{kind}/logits") for kind in ("exact", "rounded"))
-    usual = 2 * (rounded.double() - exact.double()).abs().max().item()
-    why = "rounding" if margin <= usual else f"look at {first or 'the cache'}"
+    exact, rounded = (reference.get_tensor(f"{kind}/logits").double() for kind in ("exact", "rounded"))
+    is_rounding = margin <= 2 * (rounded - exact).abs().max().item()
     logits = "; ".join(
-        f"{who}: {decode(pair[:1])!r} {side[0]:.3f}, {decode(pair[1:])!r} {side[1]:.3f}"
-        for who, side in zip(("this code", "reference"), sides)
+        f"{who} {decode(pair[:1])!r} {side[0]:.3f}, {decode(pair[1:])!r} {side[1]:.3f}"
+        for who, side in zip(("this code:", "reference:"), sides)
     )
-    return f"{at} greedy tokens equal, then {logits}: {margin:.3g} apart: {why}", margin <= usual
+    why = "rounding" if is_rounding else f"look at {first or 'the cache'}"
+    return f"{at} greedy tokens equal, then {logits}: {margin:.3g} apart: {why}", is_rounding
 
 
-def verify(folder: Path, images: list[str], prompt: str, against: str, dtype: torch.dtype | None, every: int) -> int:
+def check_dump(file: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
+    """Raise ValueError where a dump was made from something else."""
+    for key in expected.keys() & {"model_type", "prompt", "pictures", "dtype"}:
+        if metadata.get(key) != expected[key]:
+            found, what = str(metadata.get(key))[:80], key.replace("_", " ")
+            raise ValueError(f"{file}: made from another {what}: {found!r}, expected {expected[key][:80]!r}")
+
+
+def verify(folder: Path, images: list[str], prompt: str, against: str, name: str | None, every: int) -> int:
+    """Run, compare and print; returns the exit status. name: of the dtype; None: the dump's, otherwise float32."""
     processor = Processor(folder)
     message = {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
     batch = processor([message])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(against)
         if against == "transformers":
-            file, dtype = Path(scratch) / "reference.safetensors", dtype or torch.float32
+            file, name = Path(scratch) / "reference.safetensors", name or "float32"
             note("running transformers")
-            run_transformers(folder, images, prompt, dtype, file, every)
+            run_transformers(folder, images, prompt, name, file)
             gc.collect()
         elif not file.is_file():
             raise ValueError(
@@ -366,28 +326,20 @@ def verify(folder: Path, images: list[str], prompt: str, against: str, dtype: to
             )
         try:
             with safe_open(file, "pt") as reference:
-                about = reference.metadata() or {}
-                expected = {"model_type": processor.model_type, "prompt": prompt, "pictures": pictures_hash(images)}
-                expected |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
-                for key, value in expected.items():
-                    if about.get(key) != value:
-                        found, what = str(about.get(key))[:80], key.replace("_", " ")
-                        raise ValueError(f"{file}: made from another {what}: {found!r}, expected {value[:80]!r}")
-                dtype = DTYPES[about["dtype"]]
+                metadata = reference.metadata() or {}
+                name = name or metadata.get("dtype", "float32")
+                check_dump(file, metadata, about("", processor.model_type, prompt, images, name, []))
                 note("running this code")
-                ours = run_ours(load_model(folder, dtype=dtype, tokenizer=processor.tokenizer), batch, every)
-                rows = compare(ours, batch["input_ids"][0], reference, dtype, every)
-                first = next((row[0] for row in rows if bad(row)), None)
+                ours = run_ours(load_model(folder, dtype=DTYPES[name], tokenizer=processor.tokenizer), batch)
+                rows = compare(ours, batch["input_ids"][0], reference, torch.finfo(DTYPES[name]).eps, every)
+                first = next((row.stage for row in rows if not row.right), None)
                 line, equal = compare_answers(ours, reference, processor.decode, first)
                 answers = [processor.decode(ids.tolist()) for ids in (ours["greedy"], reference.get_tensor("greedy"))]
         except SafetensorError as error:
             raise ValueError(f"{file}: no file of tests/dump_original.py ({str(error)[:200]})") from None
     note("")
-    print(f"{folder} in {about['dtype']}, against {about['reference']}\n")
-    print(f"{'stage':26}{'shape':22}{'error':>9}{'rounding':>10}{'largest':>10}  verdict")
-    for stage, shape, *numbers, verdict in rows:
-        columns = "".join(f"{'' if n is None else f'{n:.1e}':>{width}}" for n, width in zip(numbers, (9, 10, 10)))
-        print(f"{stage:26}{' x '.join(map(str, shape)):22}{columns}  {verdict}")
+    print(f"{folder} in {name}, against {metadata['reference']}\n")
+    print(f"{'stage':26}{'shape':22}{'error':>9}{'rounding':>10}{'largest':>10}  verdict", *rows, sep="\n")
     print(f"\nthis code: {answers[0]!r}\nreference: {answers[1]!r}\n{line}\n")
     if first is None and equal:
         print(f"RIGHT: {len(rows)} stages as close to the exact values as the reference's, and the same answer")
@@ -410,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.layers < 1:
             raise ValueError(f"--layers {args.layers}: expected at least 1")
-        return verify(args.folder, images, args.prompt, args.against, DTYPES.get(args.dtype), args.layers)
+        return verify(args.folder, images, args.prompt, args.against, args.dtype, args.layers)
     except (ValueError, OSError) as error:
         fail(str(error) or type(error).__name__)
 

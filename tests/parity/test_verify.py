@@ -249,7 +249,7 @@ def references(tmp_path_factory):
             options = ["--image", picture, "--out", str(file), "--dtype", "float32", "--device", "cpu"]
             dump_original.main([str(folder), *options])
         elif not file.exists():
-            verify.run_transformers(folder, [picture], "Describe this image.", torch.float32, file)
+            verify.run_transformers(folder, [picture], "Describe this image.", "float32", file)
         return folder, file
 
     return make
