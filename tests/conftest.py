@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared"  # what a clone lacks: released configs, tensor names and a tokenizer of 3 MB
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 VL_GOLDENS = ["vl-siglip", "vl-hybrid"]
 VL2_GOLDENS = ["vl2-mha", "vl2-mla", "vl2-mla-sigmoid"]

@@ -37,12 +37,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "demo")]
 
+from convert import transformers_files  # noqa: E402
 from dump_original import DTYPES as WIDER  # noqa: E402
 from dump_original import NEW_TOKENS, about, collect, widen  # noqa: E402
 
-from convert import transformers_files  # noqa: E402
 from generate import DTYPES, Parser, fail, generate, note  # noqa: E402
 from load_weights import LAYOUTS, checkpoint_tensors, load_model, read_config  # noqa: E402
 from model import DeepseekVL  # noqa: E402

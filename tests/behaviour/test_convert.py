@@ -1,17 +1,17 @@
-"""convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
+"""demo/convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
 
 import json
 import subprocess
 import sys
 
+import convert as convert_file
 import pytest
 import torch
 from checkpoints import edit_json, read_tensors
 from conftest import ROOT, VL_GOLDENS, assert_close, copy_checkpoint, golden
+from convert import convert
 from safetensors import safe_open
 
-import convert as convert_file
-from convert import convert
 from load_weights import load_model, save_checkpoint
 from processor import Processor
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_converted(tmp_path):
 
 def test_command_line(tmp_path):
     def run(*arguments):
-        command = [sys.executable, str(ROOT / "convert.py"), *map(str, arguments)]
+        command = [sys.executable, str(ROOT / "demo/convert.py"), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True)
 
     new = tmp_path / "new"

@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT / "demo"))
 
 import verify  # noqa: E402
 from ablate import FAULTS, broken  # noqa: E402
+from convert import convert  # noqa: E402
 
 import load_weights  # noqa: E402
-from convert import convert  # noqa: E402
 from load_weights import load_model, read_config, save_model  # noqa: E402
 from model import DeepseekVL  # noqa: E402
 from processor import Processor, load_image  # noqa: E402

@@ -1,6 +1,6 @@
 """Write a DeepSeek-VL checkpoint in another layout: DeepSeek's own, or that of transformers.
 
-    python convert.py deepseek-vl-1.3b-chat NEW --layout transformers [--dtype bfloat16]
+    python demo/convert.py deepseek-vl-1.3b-chat NEW --layout transformers [--dtype bfloat16]
 
 The tensors stay as they are, under other names, so that there and back gives equal tensors. What no model uses
 (SigLIP's pooling head) is left out. `load_weights.py` has the tables of names; this file has what the JSON files of a
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from generate import DTYPES, Parser, fail
 from load_weights import (
