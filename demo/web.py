@@ -1,0 +1,218 @@
+"""A page to talk to a model about pictures: several pictures, several turns, several visitors.
+
+    pip install gradio
+    python demo/web.py [--model DIR] [--quantize int4] [--port 7860]
+
+Visitors are answered at the same time: one token for each in turn, since the model does one thing at a time. What a
+visitor's conversation has cached is kept for the next turn, of the last few visitors. Boxes that an answer of
+DeepSeek-VL2 locates are drawn on the last picture.
+"""
+
+from __future__ import annotations
+
+import html
+import socket
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent
+sys.path[:0] = [str(DEMO.parent)]
+
+from generate import (
+    DEMO_NOTICE,
+    DTYPES,
+    ConversationCache,
+    Parser,
+    TextStream,
+    check_options,
+    fail,
+    note,
+    pick_device,
+    pick_dtype,
+    stream,
+    tell,
+)
+from load_weights import load_model
+from model import DeepseekVL
+from processor import MAX_DOWNLOAD_BYTES, Processor, draw_boxes, load_image, parse_boxes, reason
+
+try:
+    import gradio as gr
+except ImportError:
+    gr = None
+
+VISITORS = 4  # answered at the same time, and with a cache that is kept
+EXAMPLES = [("Describe this image.", "scene"), ("What does the sign say?", "scene"), ("Read the text.", "photo")]
+EXAMPLES += [("Which is higher, the yellow star or the green circle?", "scene"), ("What changed?", "before after")]
+
+
+class Chat:
+    """One model, asked by several visitors."""
+
+    def __init__(self, model: DeepseekVL, processor: Processor, chunk_size: int | None):
+        self.model, self.processor, self.chunk_size = model, processor, chunk_size
+        self.caches: dict[str, ConversationCache] = {}  # by visitor, the last one last
+        self.step = threading.Lock()
+
+    def answer(self, visitor: str, batch: dict, **options) -> Iterator[str]:
+        """The answer so far, after each token."""
+        cache = self.caches.pop(visitor, None) or ConversationCache(self.model)
+        pieces, answer, id, count = TextStream(self.processor.tokenizer), "", None, 0
+        ids = stream(self.model, batch, cache=cache, chunk_size=self.chunk_size, **options)
+        try:
+            while True:
+                with self.step:
+                    following = next(ids, None)
+                if following is None:
+                    break
+                id, count = following, count + 1
+                answer += pieces.push(id)
+                yield answer
+            yield answer + pieces.finish()
+        finally:
+            self.caches[visitor] = cache
+            for oldest in list(self.caches)[:-VISITORS]:
+                self.caches.pop(oldest, None)
+        if id not in self.model.config.end_token_ids:
+            gr.Info(f"The answer was cut off after {count} tokens.")
+
+    def leave(self, request: gr.Request) -> None:
+        self.caches.pop(request.session_hash, None)
+
+    def respond(
+        self,
+        question: dict,
+        shown: list[dict],
+        messages: list[dict],
+        temperature: float,
+        top_p: float,
+        penalty: float,
+        longest: int,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """What a question does to the box it was written in, to what is shown, and to the conversation."""
+        text, files = question["text"].strip(), question["files"]
+        try:
+            if not text and not files:
+                raise ValueError("write a question, or add a picture")
+            asked = [*messages, {"role": "user", "content": text or "Describe this image.", "images": files}]
+            options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": penalty}
+            check_options(max_new_tokens=longest, **options)
+            batch = self.processor(asked)
+            shown = shown + [{"role": "user", "content": {"path": file}} for file in files]
+            shown = shown + [{"role": "user", "content": text}] * bool(text)
+            yield None, shown, messages
+            answer = ""
+            for answer in self.answer(request.session_hash, batch, max_new_tokens=longest, **options):
+                if answer.strip():
+                    reply = {"role": "assistant", "content": answer.strip()}
+                    yield gr.skip(), [*shown, reply], [*asked, reply]
+            pictures = [file for message in asked for file in message.get("images", [])]
+            if pictures and "<|det|>" in answer:
+                image = load_image(pictures[-1])
+                if boxes := parse_boxes(answer, image.size):
+                    drawn = {"role": "assistant", "content": gr.Image(draw_boxes(image, boxes))}
+                    yield gr.skip(), [*shown, reply, drawn], [*asked, reply]
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            message = reason(error)
+            for file in files:
+                message = message.replace(file, Path(file).name)
+            raise gr.Error(html.escape(message), print_exception=False) from None
+
+
+def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400), fill_height=True) as page:
+        gr.Markdown(f"# {title}\n{notice}")
+        messages = gr.State([])
+        shown = gr.Chatbot(show_label=False, buttons=["copy"], scale=1, min_height=300)
+        question = gr.MultimodalTextbox(
+            show_label=False, file_types=["image"], file_count="multiple", placeholder="A question, and pictures"
+        )
+        with gr.Row():
+            stop, clear = gr.Button("Stop"), gr.ClearButton([shown, messages, question], value="New conversation")
+        with gr.Accordion("Options", open=False):
+            options = [
+                gr.Slider(0, 1, 0, step=0.1, label="Temperature"),
+                gr.Slider(0.05, 1, 1, step=0.05, label="Top-p"),
+                gr.Slider(0.1, 2, 1, step=0.1, label="Repetition penalty"),
+                gr.Slider(8, 4096, 512, step=8, label="Max Generation Tokens"),
+            ]
+        examples = [
+            [{"text": text, "files": [str(DEMO / "images" / f"{name}.png") for name in names.split()]}]
+            for text, names in EXAMPLES
+        ]
+        gr.Examples(examples, question)
+        answering = question.submit(
+            chat.respond, [question, shown, messages, *options], [question, shown, messages], concurrency_limit=VISITORS
+        )
+        shown.clear(list, None, messages, cancels=answering)  # by the chat's own button
+        stop.click(None, cancels=answering)
+        clear.click(None, cancels=answering)
+        page.unload(chat.leave)
+    return page
+
+
+def run(args: Namespace) -> None:
+    check_options(chunk_size=args.chunk_size)
+    if not 0 < args.port < 2**16:
+        raise ValueError(f"--port {args.port}: expected 1 to 65535")
+    try:  # before the model is loaded
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]
+        raise ValueError(f"cannot listen on --host {args.host} --port {args.port}: {why}") from None
+    if gr is None:
+        raise ValueError("the page needs Gradio: pip install gradio")
+    processor, device = Processor(args.model), pick_device(args.device)
+    model = load_model(
+        args.model,
+        dtype=pick_dtype(args.dtype, device),
+        device=device,
+        quantize=args.quantize,
+        pack=True,
+        tokenizer=processor.tokenizer,
+        progress=lambda share: note(f"{share:.0%} of {args.model} loaded"),
+    )
+    notice = f"{DEMO_NOTICE[0].upper()}{DEMO_NOTICE[1:]}." if args.model.resolve() == DEMO / "checkpoint" else ""
+    page = build_page(Chat(model, processor, args.chunk_size), "DeepSeek-VL", notice)
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        max_file_size=MAX_DOWNLOAD_BYTES,
+        prevent_thread_lock=True,
+        quiet=True,
+    )
+    note("")
+    tell(f"http://{args.host}:{args.port}, until Ctrl-C")
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO / "checkpoint", metavar="DIR", help="default: demo/checkpoint")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    add("--port", type=int, default=7860, help="default: %(default)s")
+    add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of what is not quantized")
+    add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    try:
+        run(parser.parse_args(arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        note("")
+        fail(reason(error))
+
+
+if __name__ == "__main__":
+    main()
