@@ -57,27 +57,24 @@ class Chat:
         self.caches: dict[str, ConversationCache] = {}  # by visitor, the last one last
         self.step = threading.Lock()
 
-    def answer(self, visitor: str, batch: dict, **options) -> Iterator[str]:
-        """The answer so far, after each token."""
+    def answer(self, visitor: str, batch: dict, **options) -> Iterator[tuple[str, int]]:
+        """After each token: the answer so far, and the token's id."""
         cache = self.caches.pop(visitor, None) or ConversationCache(self.model)
-        pieces, answer, id, count = TextStream(self.processor.tokenizer), "", None, 0
+        pieces, answer, id = TextStream(self.processor.tokenizer), "", None
         ids = stream(self.model, batch, cache=cache, chunk_size=self.chunk_size, **options)
         try:
             while True:
                 with self.step:
-                    following = next(ids, None)
-                if following is None:
+                    new = next(ids, None)
+                if new is None:
                     break
-                id, count = following, count + 1
-                answer += pieces.push(id)
-                yield answer
-            yield answer + pieces.finish()
-        finally:
+                id, answer = new, answer + pieces.push(new)
+                yield answer.strip(), id
+            yield (answer + pieces.finish()).strip(), id
+        finally:  # also after a stop
             self.caches[visitor] = cache
-            for oldest in list(self.caches)[:-VISITORS]:
-                self.caches.pop(oldest, None)
-        if id not in self.model.config.end_token_ids:
-            gr.Info(f"The answer was cut off after {count} tokens.")
+            for forgotten in list(self.caches)[:-VISITORS]:
+                self.caches.pop(forgotten, None)
 
     def leave(self, request: gr.Request) -> None:
         self.caches.pop(request.session_hash, None)
@@ -89,38 +86,39 @@ class Chat:
         messages: list[dict],
         temperature: float,
         top_p: float,
-        penalty: float,
-        longest: int,
+        repetition_penalty: float,
+        max_new_tokens: int,
         request: gr.Request,
     ) -> Iterator[tuple]:
-        """What a question does to the box it was written in, to what is shown, and to the conversation."""
+        """What a question makes of the box it was written in, of what is shown, and of the conversation."""
         text, files = question["text"].strip(), question["files"]
+        sampling = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
         try:
             if not text and not files:
                 raise ValueError("write a question, or add a picture")
-            asked = [*messages, {"role": "user", "content": text or "Describe this image.", "images": files}]
-            options = {"temperature": temperature, "top_p": top_p, "repetition_penalty": penalty}
-            check_options(max_new_tokens=longest, **options)
-            batch = self.processor(asked)
+            messages = [*messages, {"role": "user", "content": text or "Describe this image.", "images": files}]
+            batch = self.processor(messages)
             shown = shown + [{"role": "user", "content": {"path": file}} for file in files]
             shown = shown + [{"role": "user", "content": text}] * bool(text)
-            yield None, shown, messages
-            answer = ""
-            for answer in self.answer(request.session_hash, batch, max_new_tokens=longest, **options):
-                if answer.strip():
-                    reply = {"role": "assistant", "content": answer.strip()}
-                    yield gr.skip(), [*shown, reply], [*asked, reply]
-            pictures = [file for message in asked for file in message.get("images", [])]
+            yield None, shown, gr.skip()
+            for answer, id in self.answer(request.session_hash, batch, max_new_tokens=max_new_tokens, **sampling):
+                ended = id in self.model.config.end_token_ids
+                if answer:
+                    reply = {"role": "assistant", "content": answer}
+                    yield gr.skip(), [*shown, reply], [*messages, reply]
+            if not ended:
+                gr.Info("The answer was cut off: it is as long as Max Generation Tokens or the model's context allow.")
+            pictures = [file for message in messages for file in message.get("images", [])]
             if pictures and "<|det|>" in answer:
-                image = load_image(pictures[-1])
-                if boxes := parse_boxes(answer, image.size):
-                    drawn = {"role": "assistant", "content": gr.Image(draw_boxes(image, boxes))}
-                    yield gr.skip(), [*shown, reply, drawn], [*asked, reply]
+                picture = load_image(pictures[-1])
+                if boxes := parse_boxes(answer, picture.size):
+                    drawn = {"role": "assistant", "content": gr.Image(draw_boxes(picture, boxes))}
+                    yield gr.skip(), [*shown, reply, drawn], gr.skip()
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            message = reason(error)
+            why = reason(error)
             for file in files:
-                message = message.replace(file, Path(file).name)
-            raise gr.Error(html.escape(message), print_exception=False) from None
+                why = why.replace(file, Path(file).name)
+            gr.Warning(html.escape(why), title="Not answered")
 
 
 def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
@@ -129,7 +127,7 @@ def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
         messages = gr.State([])
         shown = gr.Chatbot(show_label=False, buttons=["copy"], scale=1, min_height=300)
         question = gr.MultimodalTextbox(
-            show_label=False, file_types=["image"], file_count="multiple", placeholder="A question, and pictures"
+            label="Question", show_label=False, file_types=["image"], file_count="multiple", placeholder="A question"
         )
         with gr.Row():
             stop, clear = gr.Button("Stop"), gr.ClearButton([shown, messages, question], value="New conversation")

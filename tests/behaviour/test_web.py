@@ -3,6 +3,7 @@
 WEB_SCREENSHOTS=FOLDER keeps what the browser showed.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -13,14 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, golden, golden_model
+from conftest import ROOT, VL2_GOLDENS, VL_GOLDENS, golden, golden_model
 
 DEMO = ROOT / "demo"
 sys.path.insert(0, str(DEMO))
 
 import web  # noqa: E402
 
-from generate import generate  # noqa: E402
+from generate import TextStream, generate  # noqa: E402
 
 try:
     from selenium import webdriver
@@ -71,6 +72,54 @@ def test_what_cannot_be_is_one_line(arguments, message):
     assert process.returncode == 2 and re.fullmatch(message, said), said
 
 
+def answer_alone(name: str, messages: list[dict], max_new_tokens: int = 12) -> str:
+    """What `generate` gives a conversation."""
+    model, processor = golden_model(name)
+    (ids,) = generate(model, processor(messages), max_new_tokens=max_new_tokens)
+    text = TextStream(processor.tokenizer)
+    return ("".join(map(text.push, ids)) + text.finish()).strip()
+
+
+def last_answer(answers) -> str:
+    return [answer for answer, _ in answers][-1]
+
+
+@pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+def test_visitors_asking_at_once_do_not_mix(name):
+    model, processor = golden_model(name)
+    chat, pictures = web.Chat(model, processor, None), sorted((golden(name).folder / "images").iterdir())
+    conversations = [
+        [{"role": "user", "content": "What is this?", "images": pictures[:1]}],
+        [{"role": "user", "content": "Why?"}],
+        [{"role": "user", "content": "What is this?", "images": pictures[1:3]}],
+    ]
+    for _ in range(2):  # turns
+        asked = [chat.answer(f"{i}", processor(c), max_new_tokens=12) for i, c in enumerate(conversations)]
+        said = list(itertools.zip_longest(*asked))  # a token for each in turn
+        for i, conversation in enumerate(conversations):
+            texts = [step[i][0] for step in said if step[i]]
+            assert texts[-1] == answer_alone(name, conversation)
+            reply = {"role": "assistant", "content": texts[-1] or "Nothing."}
+            conversation += [reply, {"role": "user", "content": "And now?"}]
+    assert len(chat.caches) == 3
+
+
+def test_a_stopped_answer_and_many_visitors_leave_the_caches_whole():
+    model, processor = golden_model("vl-siglip")
+    chat, messages = web.Chat(model, processor, 7), [{"role": "user", "content": "Why?"}]
+    stopped = chat.answer("a", processor(messages), max_new_tokens=100)
+    partial = [next(stopped)[0] for _ in range(5)][-1]
+    twice = chat.answer("a", processor(messages), max_new_tokens=12)  # by the same visitor, at the same time
+    next(twice)
+    stopped.close()
+    assert last_answer(twice) == answer_alone("vl-siglip", messages)
+    messages += [{"role": "assistant", "content": partial}, {"role": "user", "content": "And now?"}]
+    assert last_answer(chat.answer("a", processor(messages), max_new_tokens=12)) == answer_alone("vl-siglip", messages)
+    for i in range(3 * web.VISITORS):
+        assert last_answer(chat.answer(f"{i}", processor(messages), max_new_tokens=1))
+    assert len(chat.caches) == web.VISITORS
+
+
 # ------------------------------------------------------------------ in a browser
 
 
@@ -90,6 +139,7 @@ class Visitor:
 
     def __init__(self, browser, address: str):
         self.browser = browser
+        browser.switch_to.window(browser.window_handles[0])
         browser.switch_to.new_window("tab")
         self.tab = browser.current_window_handle
         browser.get(address)
@@ -113,15 +163,21 @@ class Visitor:
 
     def ask(self, text: str, *pictures: Path) -> None:
         for count, picture in enumerate(pictures, start=1):
-            self.find("input[type=file]")[0].send_keys(str(picture))
-            self.wait(lambda count=count: len(self.find("[data-testid=file-item], .thumbnail-item")) == count)
+            (files,) = self.find("input[type=file]")
+            self.browser.execute_script("arguments[0].value = ''", files)  # send_keys adds to what was sent before
+            files.send_keys(str(picture))
+            self.wait(lambda count=count: len(self.find(".thumbnail-item")) == count)
         (box,) = self.find("textarea")
         box.send_keys(text, Keys.ENTER)
 
     def answers(self) -> list[str]:
         return [bubble.text for bubble in self.find("[data-testid=bot]") if bubble.text]
 
-    def error(self) -> str:
+    def close(self) -> None:
+        self.find("body")
+        self.browser.close()
+
+    def toast(self) -> str:
         return "".join(toast.text for toast in self.find("[data-testid=toast-body]"))
 
     def keep(self, name: str) -> None:
@@ -163,9 +219,10 @@ def test_a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(brow
     visitor, damaged = Visitor(browser, demo_address), tmp_path / "damaged.png"
     damaged.write_bytes(SCENE.read_bytes()[:300])
     visitor.ask("What does the sign say?", damaged)
-    visitor.wait(lambda: "damaged.png: damaged image data" in visitor.error())
-    assert "Traceback" not in visitor.find("body")[0].text and str(tmp_path) not in visitor.error()
+    visitor.wait(lambda: "damaged.png: damaged image data" in visitor.toast())
+    assert "Traceback" not in visitor.find("body")[0].text and "/" not in visitor.toast()
     visitor.keep("damaged")
+    assert visitor.find("textarea")[0].get_attribute("value") == "What does the sign say?"  # to be asked again
     visitor.press("New conversation")
     visitor.wait(lambda: not visitor.find(".thumbnail-item"))
     visitor.ask("Read the text.", PHOTO)
@@ -195,35 +252,43 @@ def serve():
         page.close(verbose=False)
 
 
+LONGEST = "input[aria-label='number input for Max Generation Tokens']"
+
+
 @in_browser
-def test_two_visitors_at_once_and_a_stop(browser, serve):
-    model, processor = golden_model("vl-siglip")  # random: it speaks until it is stopped
-    address = serve(web.Chat(model, processor, None))
-    prompts = {"long": "Tell me a story.", "short": "Why?"}
-    batches = {name: processor([{"role": "user", "content": text}]) for name, text in prompts.items()}
-    picture = golden("vl-siglip").folder / "images" / "0.png"
-    (ids,) = generate(model, processor([{"role": "user", "content": "Why?", "images": [picture]}]), max_new_tokens=16)
+def test_two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
+    chat = web.Chat(*golden_model("vl-siglip"), None)  # random: it speaks until something ends it
+    address = serve(chat)
     first, second = Visitor(browser, address), Visitor(browser, address)
-    second.press("Options")
-    (longest,) = second.wait(lambda: second.find("input[aria-label='number input for Max Generation Tokens']"))
-    longest.send_keys(Keys.CONTROL, "a")
-    longest.send_keys("16", Keys.ENTER)
-    second.keep("options")
-    first.press("Options")
-    (longest,) = first.wait(lambda: first.find("input[aria-label='number input for Max Generation Tokens']"))
-    longest.send_keys(Keys.CONTROL, "a")
-    longest.send_keys("4096", Keys.ENTER)
-    first.ask(prompts["long"])
+    for visitor, longest in ((first, "4096"), (second, "16")):
+        visitor.press("Options")
+        (box,) = visitor.wait(lambda visitor=visitor: visitor.find(LONGEST))
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(longest, Keys.ENTER)
+    first.ask("Tell me a story.")
     first.wait(first.answers)
-    second.ask("Why?", picture)
-    assert batches
-    second.wait(lambda: "cut off after 16 tokens" in second.error())
-    print(second.answers(), processor.decode(ids))
+    second.ask("Why?", golden("vl-siglip").folder / "images" / "0.png")
+    second.wait(lambda: "The answer was cut off" in second.toast())
+    second.keep("cut")
     before = first.answers()
     first.wait(lambda: first.answers() != before)
+    assert len(chat.caches) == 1  # the first one's is in use
     first.press("Stop")
-    time.sleep(1)
-    before = first.answers()
-    time.sleep(1)
-    assert first.answers() == before
+    first.wait(lambda: len(chat.caches) == 2)
     first.keep("stopped")
+    first.ask("Another one.")
+    first.wait(lambda: len(first.answers()) == 2)
+    first.close()
+    second.wait(lambda: len(chat.caches) == 1)  # nothing is computed for nobody
+
+
+@in_browser
+def test_boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
+    model, processor = golden_model("vl2-mha")
+    located = "<|ref|>the triangle<|/ref|><|det|>[[640, 350, 900, 600]]<|/det|>"
+    monkeypatch.setattr(web.Chat, "answer", lambda *_, **__: iter([(located, processor.eos_token_id)]))
+    visitor = Visitor(browser, serve(web.Chat(model, processor, None)))
+    visitor.ask("<|ref|>the triangle<|/ref|>.", SCENE)
+    visitor.wait(lambda: len(visitor.find("[data-testid=bot] img, .bot img")) == 1)
+    visitor.keep("boxes")
+    assert visitor.answers()[0] == located
