@@ -287,6 +287,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         note("")
         fail(f"process {RANK}: {reason(error)}" if WORLD > 1 else reason(error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads would abort a process that exits
 
 
 if __name__ == "__main__":

@@ -146,9 +146,9 @@ def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
         answering = question.submit(
             chat.respond, [question, shown, messages, *options], [question, shown, messages], concurrency_limit=VISITORS
         )
-        shown.clear(list, None, messages, cancels=answering)  # by the chat's own button
         stop.click(None, cancels=answering)
-        clear.click(None, cancels=answering)
+        clear.click(chat.leave, cancels=answering)
+        shown.clear(list, None, messages, cancels=answering)  # the chat's own button
         page.unload(chat.leave)
     return page
 

@@ -273,6 +273,9 @@ def test_killed_midway_and_started_again(killed, again, many, tmp_path, monkeypa
     assert read(folder / "a.jsonl") == read(folder / "whole.jsonl")
     assert f"{MANY - 2} of {MANY} questions answered, 2 errors in a.jsonl\n" in said
     assert not list(folder.glob("a.jsonl.*"))
+    process = start(again, "q.jsonl", "a.jsonl")  # nothing is left but the errors
+    _, said = process.communicate()
+    assert process.returncode == 0 and read(folder / "a.jsonl") == read(folder / "whole.jsonl"), said
 
 
 def test_an_error_under_torchrun_is_told(tmp_path):
