@@ -247,14 +247,9 @@ def answer_all(
 ) -> None:
     """Load the model, ask all of this process's share, and append to its part."""
     model = load_model(
-        args.model,
-        dtype=dtype,
-        device=device,
-        quantize=args.quantize,
-        pack=True,
-        tokenizer=processor.tokenizer,
+        args.model, dtype=dtype, device=device, quantize=args.quantize, pack=True, tokenizer=processor.tokenizer,
         progress=lambda read: note(f"{read:.0%} of {args.model} loaded", quiet=RANK > 0),
-    )
+    )  # fmt: skip
     start, done = time.perf_counter(), 0
     with open(part, "a", **LINES) as file:
         while batch := share[done : done + args.batch_size]:

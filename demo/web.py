@@ -80,16 +80,9 @@ class Chat:
         self.caches.pop(request.session_hash, None)
 
     def respond(
-        self,
-        question: dict,
-        shown: list[dict],
-        messages: list[dict],
-        temperature: float,
-        top_p: float,
-        repetition_penalty: float,
-        max_new_tokens: int,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
+        self, question: dict, shown: list[dict], messages: list[dict],
+        temperature: float, top_p: float, repetition_penalty: float, max_new_tokens: int, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
         """What a question makes of the box it was written in, of what is shown, and of the conversation."""
         text, files = question["text"].strip(), question["files"]
         sampling = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
@@ -167,24 +160,15 @@ def run(args: Namespace) -> None:
         raise ValueError("the page needs Gradio: pip install gradio")
     processor, device = Processor(args.model), pick_device(args.device)
     model = load_model(
-        args.model,
-        dtype=pick_dtype(args.dtype, device),
-        device=device,
-        quantize=args.quantize,
-        pack=True,
-        tokenizer=processor.tokenizer,
-        progress=lambda share: note(f"{share:.0%} of {args.model} loaded"),
-    )
+        args.model, dtype=pick_dtype(args.dtype, device), device=device, quantize=args.quantize, pack=True,
+        tokenizer=processor.tokenizer, progress=lambda share: note(f"{share:.0%} of {args.model} loaded"),
+    )  # fmt: skip
     notice = f"{DEMO_NOTICE[0].upper()}{DEMO_NOTICE[1:]}." if args.model.resolve() == DEMO / "checkpoint" else ""
     page = build_page(Chat(model, processor, args.chunk_size), "DeepSeek-VL", notice)
     page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        max_file_size=MAX_DOWNLOAD_BYTES,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
+        server_name=args.host, server_port=args.port, share=False, max_file_size=MAX_DOWNLOAD_BYTES,
+        prevent_thread_lock=True, quiet=True,
+    )  # fmt: skip
     note("")
     tell(f"http://{args.host}:{args.port}, until Ctrl-C")
     try:
