@@ -13,7 +13,7 @@ from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from scenes import CELLS, COLORS, KINDS, RADII, SIDE, WORDS, chat, compare
+from scenes import CELLS, COLORS, KINDS, RADII, SIDE, WORDS, chat
 
 from processor import SYSTEM_TEXT
 
@@ -27,8 +27,7 @@ def write_tokenizer(folder: Path) -> int:
     lines = []
     for i in range(4000):
         lines.append(SYSTEM_TEXT)
-        messages = chat(rng := Random(f"tokenizer-{i}"), pictures=False)
-        for message in messages if i % 4 else compare(rng):
+        for message in chat(Random(f"tokenizer-{i}"), pictures=False):
             lines.append(message["content"].replace("<image>", ""))  # as it follows a picture, without a space
             lines.append(f"{message['role'].capitalize()}: {message['content']}")
     model = io.BytesIO()

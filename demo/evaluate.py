@@ -15,10 +15,12 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from scenes import TASKS, ask, change, draw, random_scene, tell
+from drawings import paint, random_drawing, random_emptiness
+from scenes import TASKS, Scene, ask, draw, random_scene, tell
 
 from generate import DTYPES, Parser, fail, generate, note, pick_device, pick_dtype
 from load_weights import load_model
@@ -26,28 +28,39 @@ from model import DeepseekVL
 from processor import Processor
 
 BATCH = 50
-ALL_TASKS = (*TASKS, "no text", "change")
+DRAWINGS = {"drawing": (1, 1), "drawings": (2, 4)}  # least and most shapes
+ALL_TASKS = (*TASKS, "no text", *DRAWINGS, "no shapes")
+
+
+def picture_for(task: str, rng: Random) -> tuple[Scene, Image.Image]:
+    """A scene that the task can be asked about, and its picture."""
+    if task in DRAWINGS:
+        drawing = random_drawing(rng, DRAWINGS[task])
+        return drawing, paint(drawing)
+    if task == "no shapes":
+        return random_emptiness(rng, held_out=True)
+    while True:
+        scene = random_scene(rng)
+        if task not in ("text", "no text") or bool(scene.text) == (task == "text"):
+            return scene, draw(scene)
 
 
 def exam(task: str, scenes: int, pictures: bool = True, split: str = "test") -> list[tuple[list[dict], str]]:
     """One question on each of that many fresh scenes, and the right answer.
 
-    "text" asks where there is a sign, "no text" where there is none, and "change" about two pictures.
+    "text" asks where there is a sign, and "no text" where there is none. "drawing", "drawings" and "no shapes" ask for
+    descriptions: of one shape on a canvas of any size, white, black, grey or muted; of two to four; of textures,
+    gradients and a photograph's part that training never saw.
     """
     questions = []
     for i in range(scenes):
         rng, found = Random(f"{split}-{task}-{i}"), None
+        kind = "describe" if task in (*DRAWINGS, "no shapes") else task.removeprefix("no ")
         while found is None:
-            scene = random_scene(rng)
-            if task in ("text", "no text") and bool(scene.text) == (task == "no text"):
-                continue
-            found = ("What changed?", None) if task == "change" else ask(scene, task.removeprefix("no "), rng)
-        question, answer = found
-        opening, images = ("<image>", [draw(scene)]) if pictures else (tell(scene), [])
-        if task == "change":
-            after, answer = change(scene, rng)
-            opening, images = "<image><image>", [*images, draw(after)]
-        questions.append(([{"role": "user", "content": opening + question, "images": images}], answer))
+            scene, picture = picture_for(task, rng)
+            found = ask(scene, kind, rng)
+        opening, images = ("<image>", [picture]) if pictures else (tell(scene), [])
+        questions.append(([{"role": "user", "content": opening + found[0], "images": images}], found[1]))
     return questions
 
 

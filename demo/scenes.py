@@ -5,7 +5,7 @@
     ask(scene, "position", random.Random(7))    ("Where is the red circle?", "The red circle is in the top left.")
     chat(random.Random(7))                      a conversation for processor.Processor, as for training
 
-A picture has nine cells, three by three. One to four of them hold a shape, off centre and sometimes
+`drawings.py` makes pictures as people draw them. Here a picture has nine cells, three by three. One to four of them hold a shape, off centre and sometimes
 reaching over a neighbour; one may hold a sign with a word or a number, in letters of about eight
 pixels. SAM sees the picture as it is; SigLIP sees it at 30 pixels, where they are two pixels high.
 """
@@ -13,7 +13,7 @@ pixels. SAM sees the picture as it is; SigLIP sees it at 30 pixels, where they a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -245,7 +245,6 @@ def draw(scene: Scene) -> Image.Image:
 # ------------------------------------------------------------------------------------------- talk
 
 DESCRIBE = ("Describe this image.", "Describe the picture.", "What is in this image?", "What do you see?")
-COMPARE = ("What changed?", "What is different in the second image?")
 TASKS = ("describe", "color", "count", "position", "relation", "text")
 
 
@@ -259,6 +258,8 @@ def listing(items: list[str]) -> str:
 
 
 def describe(scene: Scene) -> str:
+    if not scene.shapes:
+        return "I see no shapes."
     return sentence(listing([f"{shape.place} {shape.caption}" for shape in scene.shapes])) + "."
 
 
@@ -273,9 +274,11 @@ def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
     Answers say again what is asked about, and relations say both places: what is to be looked up then follows the words
     by which to find it, which a small model learns sooner.
     """
-    shape = rng.choice(scene.shapes)
+    shape = rng.choice(scene.shapes) if scene.shapes else None
     if task == "describe":
         return rng.choice(DESCRIBE), describe(scene)
+    if shape is None and task in ("color", "position", "relation"):
+        return None
     if task == "color":
         alone = [s for s in scene.shapes if sum(s.kind == other.kind for other in scene.shapes) == 1]
         if alone and rng.random() < 0.6:
@@ -287,11 +290,12 @@ def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
             (f"What color is {thing}?", f"Tell me the color of {thing}.")
         ), f"{sentence(thing)} is {shape.color}."
     if task == "count":
+        kind, color = (shape.kind, shape.color) if shape else (rng.choice(KINDS), rng.choice(tuple(COLORS)))
         what, number = rng.choice(
             [
                 ("shapes", len(scene.shapes)),
-                *((f"{kind}s", sum(s.kind == kind for s in scene.shapes)) for kind in (shape.kind, rng.choice(KINDS))),
-                (f"{shape.color} shapes", sum(s.color == shape.color for s in scene.shapes)),
+                *((f"{kind}s", sum(s.kind == kind for s in scene.shapes)) for kind in (kind, rng.choice(KINDS))),
+                (f"{color} shapes", sum(s.color == color for s in scene.shapes)),
             ]
         )
         return rng.choice(
@@ -330,56 +334,16 @@ def ask_relation(scene: Scene, rng: Random) -> tuple[str, str] | None:
     return f"Which is {FURTHER[relation]}, the {first.name} or the {second.name}?", f"{places}."
 
 
-def change(scene: Scene, rng: Random) -> tuple[Scene, str]:
-    """The scene with one thing changed, or nothing, and what changed.
-
-    Like two photographs, the two pictures also differ in shades, background colours and noise.
-    """
-    shapes, free = list(scene.shapes), sorted(set(range(9)) - {thing.cell for thing in scene.shapes + scene.signs})
-    index = rng.randrange(len(shapes))
-    old, kind = shapes[index], rng.choice(("color", "gone", "new", "moved", "nothing"))
-    taken = {shape.name for shape in shapes}
-    if kind == "gone" and len(shapes) > 1:
-        shapes.remove(old)
-        answer = f"The {old.name} is gone."
-    elif kind == "new" and len(shapes) < 4:
-        new = random_shape(rng, rng.choice(free), taken)
-        shapes.append(new)
-        answer = f"There is a new {new.name} {new.place}."
-    elif kind == "moved":
-        cell = rng.choice(free)
-        x, y = middle(cell, rng, JITTER)
-        shapes[index] = replace(old, cell=cell, x=x, y=y)
-        answer = f"The {old.name} moved to the {CELLS[cell]}."
-    elif kind == "color":
-        colors = [color for color in COLORS if f"{color} {old.kind}" not in taken]
-        shapes[index] = replace(old, color=rng.choice(colors))
-        answer = f"The {old.name} became {shapes[index].color}."
-    else:
-        answer = "Nothing changed."
-    return replace(scene, shapes=tuple(sorted(shapes, key=lambda s: s.cell)), seed=rng.randrange(2**31)), answer
-
-
-def compare(rng: Random) -> list[dict]:
-    """A question about two pictures, of which the second is the first, changed."""
-    before = random_scene(rng)
-    after, answer = change(before, rng)
-    question = "<image><image>" + rng.choice(COMPARE)
-    asked = {"role": "user", "content": question, "images": [draw(before), draw(after)]}
-    return [asked, {"role": "assistant", "content": answer}]
-
-
-def chat(
-    rng: Random, tasks: tuple[str, ...] = TASKS, turns: int = 4, pictures: bool = True, describe_ends: bool = True
+def talk(
+    scene: Scene, picture: Image.Image | None, rng: Random, tasks: tuple[str, ...], turns: int, describe_ends: bool
 ) -> list[dict]:
-    """A conversation about one scene, with `turns` of the questions that `tasks` names.
+    """`turns` of the questions that `tasks` names, about a scene and its picture.
 
     With `describe_ends` a description, if asked for, is the end, since it answers most other questions: these, in
     training, must be answered by looking. Without a picture the first message tells the scene in words, for training
     the language model alone.
     """
-    scene = random_scene(rng)
-    opening, images = ("<image>", [draw(scene)]) if pictures else (tell(scene), [])
+    opening, images = ("<image>", [picture]) if picture else (tell(scene), [])
     messages: list[dict] = []
     for task in rng.sample(tasks, min(turns, len(tasks))):
         if found := ask(scene, task, rng):
@@ -390,3 +354,11 @@ def chat(
         if task == "describe" and describe_ends:
             break
     return messages
+
+
+def chat(
+    rng: Random, tasks: tuple[str, ...] = TASKS, turns: int = 4, pictures: bool = True, describe_ends: bool = True
+) -> list[dict]:
+    """A conversation about a random scene, as `talk` makes it."""
+    scene = random_scene(rng)
+    return talk(scene, draw(scene) if pictures else None, rng, tasks, turns, describe_ends)

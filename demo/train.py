@@ -1,6 +1,6 @@
 """Train the demo checkpoint from nothing: a DeepSeek-VL of the 7B's kind (SAM, SigLIP, hybrid aligner, Llama), 4.8 M.
 
-    python demo/train.py                        all six stages; run it again to go on where it stopped
+    python demo/train.py                        all seven stages; run it again to go on where it stopped
     python demo/train.py --minutes 1            as far as a minute goes; so with --steps
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
@@ -11,8 +11,10 @@ them; the first two stages stand in for that:
     language  Llama alone, on conversations about scenes told in words. Stands in for DeepSeek-LLM's.
     adaptor   the paper's stage 1: the aligner learns on captions; all else is frozen.
     joint     stage 2: aligner and language model; one conversation in five is text alone.
-    chat      stage 3: everything but SAM. One conversation in five is about two pictures: what changed?
+    chat      stage 3: everything but SAM.
     practice  stage 3 a little longer, with more to count.
+    drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
+              colours, and pictures without shapes.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing. All stages take about two hours on 2 cores; stopped within `towers`, the model cannot speak yet.
@@ -40,9 +42,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+from drawings import drawing_chat
 from empty_checkpoint import write_empty_checkpoint
-from evaluate import accuracy
-from scenes import TASKS, chat, compare, draw, random_scene
+from evaluate import DRAWINGS, accuracy
+from scenes import TASKS, chat, draw, random_scene
 from towers import TowerLoss, letter_map, ninths
 
 from generate import Parser, fail, pick_device
@@ -69,11 +72,13 @@ STAGES = (
     Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
     Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
     Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
+    Stage("drawings", 1500, 16, 1e-3, ("vision", "aligner", "language", "lm_head")),
 )
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
 REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
-MEASURES = ("shapes", "signs", *TASKS)  # held out: what the towers name, what the model answers
+ALSO = (*DRAWINGS, "no shapes")  # measured in the stage "drawings"
+MEASURES = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -106,9 +111,9 @@ class Batches(Dataset):
     def conversation(self, rng: Random) -> list[dict]:
         if self.stage.name == "adaptor":
             return chat(rng, tasks=("describe",))
+        if self.stage.name == "drawings":
+            return drawing_chat(rng)
         if self.stage.name in WEAK:
-            if rng.random() < 0.2:
-                return compare(rng)
             tasks = (*TASKS, *WEAK[self.stage.name])
             return chat(rng, tasks, pictures=rng.random() < 0.95, describe_ends=False)
         return chat(rng, pictures=rng.random() < {"language": 0, "joint": 0.8}[self.stage.name])
@@ -208,7 +213,9 @@ class Run:
             return {}
         if stage.name == "towers":
             return self.tower_loss.scores(self.model.vision, Batches(stage, self.folder, "held-out", 0)[0])
-        return accuracy(self.model, self.processor, stage.held_out, pictures=stage.name != "language", split="held-out")
+        tasks = (*TASKS, *ALSO) if stage.name == "drawings" else TASKS
+        pictures = stage.name != "language"
+        return accuracy(self.model, self.processor, stage.held_out, tasks, pictures, split="held-out")
 
 
 def make_optimizers(model: DeepseekVL, learning: list[Tensor]) -> list[torch.optim.Optimizer]:
