@@ -45,6 +45,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from drawings import drawing_chat
 from empty_checkpoint import write_empty_checkpoint
 from evaluate import DRAWINGS, accuracy
+from muon import Muon
 from scenes import TASKS, chat, draw, random_scene
 from towers import TowerLoss, letter_map, ninths
 
@@ -72,7 +73,7 @@ STAGES = (
     Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
     Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
     Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
-    Stage("drawings", 1500, 16, 1e-3, ("vision", "aligner", "language", "lm_head")),
+    Stage("drawings", 1000, 16, 6e-4, ("vision", "aligner", "language", "lm_head")),
 )
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
@@ -219,16 +220,15 @@ class Run:
 
 
 def make_optimizers(model: DeepseekVL, learning: list[Tensor]) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of linear layers (https://kellerjordan.github.io/posts/muon), with updates of AdamW's size,
-    so that one rate serves both; AdamW for all else: embeddings, the head, convolutions, vectors, the towers' loss."""
+    """Muon for the weights of linear layers; AdamW for all else: embeddings, the head, convolutions, vectors, the
+    towers' loss."""
     linear = {module.weight for part in (model.vision, model.aligner, model.language) for module in part.modules()
               if isinstance(module, nn.Linear)}  # fmt: skip
     hidden = [p for p in learning if p in linear]
     rest = [p for p in learning if p not in linear]
     matrices, vectors = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    muon = [torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")] if hidden else []
-    return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    return [*([Muon(hidden)] if hidden else []), torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
 @dataclass
@@ -319,8 +319,6 @@ def main() -> None:
     add("--seed", type=int, default=0, metavar="S", help="on one CPU the same seed gives the same run (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args()
-    if not hasattr(torch.optim, "Muon"):
-        fail(f"torch is {torch.__version__}, training needs 2.9 or newer for torch.optim.Muon")
     torch.set_float32_matmul_precision("high")  # on a GPU: products in TF32
     try:
         limits = Limits(args.minutes, args.steps)
