@@ -1,0 +1,77 @@
+"""What train.py asks of each kind of model: stages, batches, a loss and scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from model import DeepseekVL, ModelConfig
+from processor import Processor
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    batch: int  # pictures or conversations a step
+    rate: float  # learning rate: rises over WARMUP steps, below a cosine from this down to a twentieth
+    learns: tuple[str, ...]  # parts of the model, by the beginnings of their parameters' names
+    held_out: int = 50  # questions of each kind that are asked every CHECK_EVERY steps and at the end; 0: none
+    heads: bool = False  # whether the lessons' own layers learn too
+
+
+class Lessons(nn.Module):
+    """How one kind of model is taught. Its layers are needed for a loss alone, and are not part of the checkpoint."""
+
+    stages: tuple[Stage, ...]
+    measures: tuple[str, ...]  # the names of all scores
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+
+    @staticmethod
+    def write_empty_checkpoint(folder: Path) -> None:
+        """Everything but the weights."""
+        raise NotImplementedError
+
+    @staticmethod
+    def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
+        """One picture or conversation for each random generator."""
+        raise NotImplementedError
+
+    def start(self, model: DeepseekVL, processor: Processor) -> None:
+        """Prepare a model of random weights."""
+
+    def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def after_step(self, model: DeepseekVL) -> None:
+        """What changes without a gradient."""
+
+    def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
+        """Held-out accuracy, from a held-out batch of the stage or from answers."""
+        raise NotImplementedError
+
+    def state_of_reports(self) -> dict[str, float]:
+        """What else a report shows, since the last one."""
+        return {}
+
+
+class Batches(Dataset):
+    """The batches of one stage. Batch i is always the same, whenever and wherever it is made."""
+
+    def __init__(self, lessons: type[Lessons], stage: Stage, folder: Path, seed: int | str, first: int):
+        self.lessons, self.stage, self.seed, self.first = lessons, stage, seed, first
+        self.processor = Processor(folder)
+
+    def __len__(self) -> int:
+        return self.stage.steps - self.first
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        rows = range((self.first + i) * self.stage.batch, (self.first + i + 1) * self.stage.batch)
+        rngs = [Random(f"{self.stage.name}-{self.seed}-{row}") for row in rows]
+        return self.lessons.batch(self.stage, self.processor, rngs)

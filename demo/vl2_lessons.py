@@ -1,0 +1,205 @@
+"""How the DeepSeek-VL2 demo is trained: what its picture's tokens must know, and how its experts are kept busy.
+
+    look    tower, aligner and the decoder's first layers: what is where in a picture? Stands in for SigLIP's
+            pretraining. Each token of a picture says, in words of the vocabulary, what stands there (kind, colour, size,
+            the four numbers of its box, a sign's text), through linear layers that are thrown away. Each patch of
+            SigLIP says its letter.
+    joint   everything, on conversations: the loss on answers, and half of what `look` asks.
+    answers everything, on answers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from empty_vl2 import write_empty_vl2
+from evaluate_vl2 import MEASURED, accuracy
+from stages import Lessons, Stage
+from torch import Tensor, nn
+from vl2_scenes import FIELDS, IGNORED, LETTERS, chat, letter_labels, token_labels, word_id
+
+from model import DeepseekVL, ModelConfig, Router
+from processor import COORDINATES, Processor
+
+LAYERS = 3  # the decoder's first, after which tokens say what they see
+BLUR = 4.0  # standard deviation, in thousandths, of what counts as the right number in a box
+BALANCE = 0.002  # DeepSeek-V3's gamma
+EVERYTHING = ("vision", "aligner", "language", "lm_head")
+
+
+def start_small(model: DeepseekVL) -> None:
+    """Start the language model with small embeddings and layers that add little to them, as GPT-2 does, and its head as
+    a copy of the embeddings: then to repeat a word seen before needs no learning word by word."""
+    for name, p in model.language.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 if "embed" in name or "gate.weight" in name else p.shape[1] ** -0.5
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=std / math.sqrt(2 * len(model.language.layers)) if adds else std)
+    model.lm_head.weight.data.copy_(model.language.embed_tokens.weight)
+
+
+class Balance:
+    """Keeps a model's experts equally busy without a loss (DeepSeek-V3, section 2.1.2).
+
+    After each step an expert that got fewer tokens than the mean has its bias raised by BALANCE, one that got more,
+    lowered. The bias takes part in the choice of experts alone.
+    """
+
+    def __init__(self):
+        self.real: Tensor | None = None  # bool (tokens,): padding does not count
+        self.counts: dict[Router, Tensor] = {}
+
+    def watch(self, model: DeepseekVL) -> None:
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(self.count)
+
+    def count(self, router: Router, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        if router.training and self.real is not None:
+            chosen = output[0][self.real].flatten()
+            self.counts[router] = torch.bincount(chosen, minlength=router.config.n_routed_experts)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for router, count in self.counts.items():
+            count = count.float()
+            router.e_score_correction_bias += BALANCE * torch.sign(count.mean() - count)
+
+
+class VL2Lessons(Lessons):
+    stages = (
+        Stage("look", 1200, 16, 3e-3, EVERYTHING, 0, heads=True),
+        Stage("joint", 3000, 16, 2e-3, EVERYTHING, 40, heads=True),
+        Stage("answers", 400, 16, 5e-4, EVERYTHING, 50),
+    )
+    measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
+    write_empty_checkpoint = staticmethod(write_empty_vl2)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        D = config.language.hidden_size
+        self.fields = nn.ModuleList(nn.Linear(D, D) for _ in FIELDS)
+        self.letter = nn.Linear(config.vision.width, len(LETTERS))
+        self.balance, self.load, self.nothing = Balance(), [], 0
+        self.grid = config.vision.grid
+
+    def start(self, model: DeepseekVL, processor: Processor) -> None:
+        """Neighbouring numbers start alike: the embeddings of 0 to 999 are waves of several lengths."""
+        start_small(model)
+        embeddings = model.language.embed_tokens.weight.data
+        D = embeddings.shape[1]
+        waves = torch.logspace(math.log10(0.5), 2, D // 2) * 2 * math.pi / (COORDINATES + 1)
+        angles = torch.arange(COORDINATES + 1)[:, None] * waves
+        self.number_ids = torch.tensor([word_id(processor, str(n)) for n in range(COORDINATES + 1)])
+        embeddings[self.number_ids] = torch.cat((angles.sin(), angles.cos()), dim=1) * 0.02 * 2**0.5
+        model.lm_head.weight.data.copy_(embeddings)
+        self.watch(model, processor)
+
+    def watch(self, model: DeepseekVL, processor: Processor) -> None:
+        self.balance.watch(model)
+
+    @staticmethod
+    def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
+        tasks = ("describe",) if stage.name == "look" else None
+        found = [chat(rng, tasks, 1) if tasks else chat(rng) for rng in rngs]
+        if stage.name == "look":  # only the picture: the answer comes after all that is asked
+            batch = processor([messages[:1] for *_, messages in found])
+        else:
+            batch = processor([messages for *_, messages in found], labels=True)
+        if stage.name != "answers":
+            patches = processor.pixels.side // 6
+            batch["seen"] = torch.cat([token_labels(*pair, processor) for *pair, _ in found])
+            batch["letters"] = torch.cat([letter_labels(*pair, processor, patches) for *pair, _ in found])
+        return batch
+
+    def seen(self, hidden: Tensor, model: DeepseekVL) -> list[Tensor]:
+        """(tokens, D) -> for each field the logits of all words, (tokens, vocabulary)."""
+        normed = F.rms_norm(hidden, hidden.shape[-1:])
+        return [model.lm_head(field(normed)) for field in self.fields]
+
+    def look(self, model: DeepseekVL, batch: dict[str, Tensor], patches: Tensor, hidden: Tensor) -> Tensor:
+        """What each token of a picture says is there, against what is."""
+        labels = batch["seen"].to(hidden.device)
+        hidden = hidden[batch["images_seq_mask"].to(hidden.device)]
+        normed = F.rms_norm(hidden, hidden.shape[-1:])
+        letters = batch["letters"].to(hidden.device).flatten()
+        rarity = torch.ones(len(LETTERS), device=hidden.device)
+        rarity[0] = 0.1
+        loss = F.cross_entropy(self.letter(patches).flatten(0, 1), letters, rarity, ignore_index=IGNORED)
+        numbers = self.number_ids.to(hidden.device)
+        values = torch.arange(COORDINATES + 1, device=hidden.device)
+        for i, field in enumerate(FIELDS):
+            known = labels[:, i] != IGNORED
+            if not known.any():
+                continue
+            right = labels[known, i]
+            logits = model.lm_head(self.fields[i](normed[known]))
+            if field in ("left", "top", "right", "bottom"):
+                place = (numbers == right[:, None]).int().argmax(1)
+                soft = torch.softmax(-0.5 * ((values - place[:, None]) / BLUR) ** 2, dim=1)
+                loss = loss - 0.5 * (soft * logits.log_softmax(1)[:, numbers]).sum(1).mean()
+            elif field == "kind":
+                weight = torch.where(right == right.mode().values, 0.1, 1.0)  # nothing is everywhere
+                loss = loss + (F.cross_entropy(logits, right, reduction="none") * weight).sum() / weight.sum()
+            else:
+                loss = loss + F.cross_entropy(logits, right)
+        return loss
+
+    def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
+        kept: dict[str, Tensor] = {}
+        hooks = [
+            model.vision.register_forward_hook(lambda module, inputs, out: kept.update(patches=out)),
+            model.language.layers[LAYERS - 1].register_forward_hook(lambda module, inputs, out: kept.update(hidden=out)),
+        ]
+        inputs = {key: value for key, value in batch.items() if key not in ("seen", "letters")}
+        self.balance.real = batch["attention_mask"].bool().flatten().to(model.device)
+        output = model(**inputs, logits_to_keep=int(stage.name == "look"))
+        self.balance.real = None
+        for hook in hooks:
+            hook.remove()
+        if stage.name == "answers":
+            return output.loss
+        seen = self.look(model, batch, kept["patches"], kept["hidden"])
+        return seen if stage.name == "look" else output.loss + 0.5 * seen
+
+    def after_step(self, model: DeepseekVL) -> None:
+        self.balance.step()
+        self.load.append(torch.stack(list(self.balance.counts.values())).cpu())
+
+    def state_of_reports(self) -> dict[str, float]:
+        """The share of the least busy expert, and of the busiest, over an equal share, since the last report."""
+        if not self.load:
+            return {}
+        load = torch.stack(self.load).sum(0).float()
+        self.load = []
+        relative = load / load.mean(1, keepdim=True)
+        return {"least busy": round(relative.min().item(), 3), "busiest": round(relative.max().item(), 3)}
+
+    @torch.no_grad()
+    def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
+        if stage.name != "look":
+            return accuracy(model, processor, stage.held_out, split="held-out")
+        kept: list[Tensor] = []
+        hook = model.language.layers[LAYERS - 1].register_forward_hook(lambda module, inputs, out: kept.append(out))
+        model(**{key: value for key, value in batch.items() if key not in ("seen", "letters")}, logits_to_keep=1)
+        hook.remove()
+        hidden = F.rms_norm(kept[0], kept[0].shape[-1:])[batch["images_seq_mask"].to(model.device)]
+        labels = batch["seen"].to(model.device)
+        right = torch.stack(
+            [model.lm_head(field(hidden)).argmax(1) == labels[:, i] for i, field in enumerate(self.fields)], dim=1
+        )
+        shapes, signs = labels[:, 1] != IGNORED, labels[:, 8] != IGNORED
+        value = torch.full((model.lm_head.out_features,), -1000.0)
+        value[self.number_ids] = torch.arange(COORDINATES + 1.0)
+        sides = [(value[model.lm_head(self.fields[i](hidden)).argmax(1)] - value[labels[:, i].clamp(min=0)]).abs()
+                 for i in (3, 4, 5, 6)]  # fmt: skip
+        near = torch.stack(sides).amax(0) < 25
+        return {
+            "named": right[shapes][:, :3].all(1).float().mean().item(),
+            "placed": near[shapes].float().mean().item(),
+            "read": right[signs][:, 8].float().mean().item(),
+        }
