@@ -17,6 +17,7 @@ from scenes import CELLS, COLORS, KINDS, RADII, SIDE, WORDS, chat
 
 from processor import SYSTEM_TEXT
 
+SAM_PATCH = 8
 BEGIN, END, IMAGE = "<|begin|>", "<|end|>", "<image_placeholder>"
 
 
@@ -65,7 +66,7 @@ def write_empty_checkpoint(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
     low = {"model_name": "siglip_large_patch16_384", "image_size": 30, "patch_size": 10, "width": 128, "layers": 3}
-    high = {"model_name": "sam_b_downsample", "image_size": SIDE, "patch_size": 8, "width": 160, "layers": 4}
+    high = {"model_name": "sam_b_downsample", "image_size": SIDE, "patch_size": SAM_PATCH, "width": 160, "layers": 4}
     low |= {"heads": 4, "mlp_ratio": 4, "select_feature": "same", "select_layer": -1}
     high |= {"heads": 5, "window_size": 8, "global_attn_indexes": [1, 3], "neck_channels": 64}
     high |= {"downsample_channels": [64, 128]}

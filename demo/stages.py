@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -59,6 +60,17 @@ class Lessons(nn.Module):
     def state_of_reports(self) -> dict[str, float]:
         """What else a report shows, since the last one."""
         return {}
+
+
+def start_small(model: DeepseekVL) -> None:
+    """Start the language model with small embeddings and layers that add little to them, as GPT-2 does, and its head as
+    a copy of the embeddings: then to repeat a word seen before needs no learning word by word."""
+    for name, p in model.language.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 if "embed" in name or "gate.weight" in name else p.shape[1] ** -0.5
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=std / math.sqrt(2 * len(model.language.layers)) if adds else std)
+    model.lm_head.weight.data.copy_(model.language.embed_tokens.weight)
 
 
 class Batches(Dataset):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from empty_checkpoint import SAM_PATCH
 from scenes import COLORS, KINDS, RADII, SIDE, Scene, letters
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def ninths(scene: Scene) -> Tensor:
     return labels
 
 
-def letter_map(scene: Scene, grid: int) -> Tensor:
+def letter_map(scene: Scene, grid: int = SIDE // SAM_PATCH) -> Tensor:
     """For each patch of SAM's grid the letter whose middle lies in it, or 0: int64 (grid * grid,)."""
     labels = torch.zeros(grid, grid, dtype=torch.long)
     for sign in scene.signs:

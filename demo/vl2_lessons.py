@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from empty_vl2 import write_empty_vl2
 from evaluate_vl2 import MEASURED, accuracy
-from stages import Lessons, Stage
+from stages import Lessons, Stage, start_small
 from torch import Tensor, nn
 from vl2_scenes import FIELDS, IGNORED, LETTERS, chat, letter_labels, token_labels, word_id
 
@@ -29,17 +29,6 @@ LAYERS = 3  # the decoder's first, after which tokens say what they see
 BLUR = 4.0  # standard deviation, in thousandths, of what counts as the right number in a box
 BALANCE = 0.002  # DeepSeek-V3's gamma
 EVERYTHING = ("vision", "aligner", "language", "lm_head")
-
-
-def start_small(model: DeepseekVL) -> None:
-    """Start the language model with small embeddings and layers that add little to them, as GPT-2 does, and its head as
-    a copy of the embeddings: then to repeat a word seen before needs no learning word by word."""
-    for name, p in model.language.named_parameters():
-        if p.dim() == 2:
-            std = 0.02 if "embed" in name or "gate.weight" in name else p.shape[1] ** -0.5
-            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=std / math.sqrt(2 * len(model.language.layers)) if adds else std)
-    model.lm_head.weight.data.copy_(model.language.embed_tokens.weight)
 
 
 class Balance:
@@ -72,9 +61,9 @@ class Balance:
 
 class VL2Lessons(Lessons):
     stages = (
-        Stage("look", 1200, 16, 3e-3, EVERYTHING, 0, heads=True),
-        Stage("joint", 3000, 16, 2e-3, EVERYTHING, 40, heads=True),
-        Stage("answers", 400, 16, 5e-4, EVERYTHING, 50),
+        Stage("look", 800, 16, 2.5e-3, EVERYTHING, 0, heads=True),
+        Stage("joint", 2200, 16, 2e-3, EVERYTHING, 24, heads=True),
+        Stage("answers", 300, 16, 5e-4, EVERYTHING, 50),
     )
     measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
     write_empty_checkpoint = staticmethod(write_empty_vl2)
@@ -116,11 +105,6 @@ class VL2Lessons(Lessons):
             batch["letters"] = torch.cat([letter_labels(*pair, processor, patches) for *pair, _ in found])
         return batch
 
-    def seen(self, hidden: Tensor, model: DeepseekVL) -> list[Tensor]:
-        """(tokens, D) -> for each field the logits of all words, (tokens, vocabulary)."""
-        normed = F.rms_norm(hidden, hidden.shape[-1:])
-        return [model.lm_head(field(normed)) for field in self.fields]
-
     def look(self, model: DeepseekVL, batch: dict[str, Tensor], patches: Tensor, hidden: Tensor) -> Tensor:
         """What each token of a picture says is there, against what is."""
         labels = batch["seen"].to(hidden.device)
@@ -151,20 +135,24 @@ class VL2Lessons(Lessons):
 
     def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
         kept: dict[str, Tensor] = {}
+        parts = {"patches": model.vision, "hidden": model.language.layers[LAYERS - 1], "last": model.language}
         hooks = [
-            model.vision.register_forward_hook(lambda module, inputs, out: kept.update(patches=out)),
-            model.language.layers[LAYERS - 1].register_forward_hook(lambda module, inputs, out: kept.update(hidden=out)),
+            part.register_forward_hook(lambda module, inputs, out, name=name: kept.update({name: out}))
+            for name, part in parts.items()
         ]
-        inputs = {key: value for key, value in batch.items() if key not in ("seen", "letters")}
+        inputs = {key: value for key, value in batch.items() if key not in ("seen", "letters", "labels")}
         self.balance.real = batch["attention_mask"].bool().flatten().to(model.device)
-        output = model(**inputs, logits_to_keep=int(stage.name == "look"))
+        model(**inputs, logits_to_keep=1)
         self.balance.real = None
         for hook in hooks:
             hook.remove()
-        if stage.name == "answers":
-            return output.loss
-        seen = self.look(model, batch, kept["patches"], kept["hidden"])
-        return seen if stage.name == "look" else output.loss + 0.5 * seen
+        seen = 0.0 if stage.name == "answers" else self.look(model, batch, kept["patches"], kept["hidden"])
+        if stage.name == "look":
+            return seen
+        # As DeepseekVL's own loss, but logits of answers alone: most of a sequence is picture.
+        expected = batch["labels"][:, 1:].to(model.device)
+        logits = model.lm_head(kept["last"][:, :-1][expected != IGNORED])
+        return F.cross_entropy(logits, expected[expected != IGNORED]) + 0.5 * seen
 
     def after_step(self, model: DeepseekVL) -> None:
         self.balance.step()

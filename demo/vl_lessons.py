@@ -1,0 +1,88 @@
+"""How the DeepSeek-VL demo is trained, in seven stages.
+
+The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
+them; the first two stages stand in for that:
+
+    towers    SAM and SigLIP alone: say what is in each ninth of a crowded picture (for SAM also the letters),
+              through linear layers that are thrown away afterwards. Stands in for their pretraining.
+    language  Llama alone, on conversations about scenes told in words. Stands in for DeepSeek-LLM's.
+    adaptor   the paper's stage 1: the aligner learns on captions; all else is frozen.
+    joint     stage 2: aligner and language model; one conversation in five is text alone.
+    chat      stage 3: everything but SAM.
+    practice  stage 3 a little longer, with more to count.
+    drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
+              colours, and pictures without shapes.
+
+From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
+nothing.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from drawings import drawing_chat
+from empty_checkpoint import write_empty_checkpoint
+from evaluate import DRAWINGS, accuracy
+from scenes import TASKS, chat, draw, random_scene
+from stages import Lessons, Stage, start_small
+from torch import Tensor, nn
+from towers import TowerLoss, letter_map, ninths
+
+from model import DeepseekVL, ModelConfig
+from processor import Processor
+
+# Asked for more often, because in held-out answers they were the weakest by then.
+WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
+ALSO = (*DRAWINGS, "no shapes")  # measured in the stage "drawings"
+
+
+def conversation(stage: Stage, rng: Random) -> list[dict]:
+    if stage.name == "adaptor":
+        return chat(rng, tasks=("describe",))
+    if stage.name == "drawings":
+        return drawing_chat(rng)
+    if stage.name in WEAK:
+        return chat(rng, (*TASKS, *WEAK[stage.name]), pictures=rng.random() < 0.95, describe_ends=False)
+    return chat(rng, pictures=rng.random() < {"language": 0, "joint": 0.8}[stage.name])
+
+
+class VLLessons(Lessons):
+    stages = (
+        Stage("towers", 2200, 16, 2e-3, ("vision",), heads=True),
+        Stage("language", 700, 16, 3e-3, ("language", "lm_head")),
+        Stage("adaptor", 200, 16, 2e-3, ("aligner",)),
+        Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
+        Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
+        Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
+        Stage("drawings", 1000, 16, 6e-4, ("vision", "aligner", "language", "lm_head")),
+    )
+    measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
+    write_empty_checkpoint = staticmethod(write_empty_checkpoint)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.towers = TowerLoss(config.vision)
+
+    @staticmethod
+    def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
+        if stage.name != "towers":
+            return processor([conversation(stage, rng) for rng in rngs], labels=True)
+        scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
+        pixels = torch.cat([processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes])
+        labels, letters = (torch.stack([f(scene) for scene in scenes]) for f in (ninths, letter_map))
+        return {"pixel_values": pixels, "labels": labels, "letters": letters}
+
+    def start(self, model: DeepseekVL, processor: Processor) -> None:
+        start_small(model)
+        nn.init.ones_(model.vision.high.hd_alpha_downsamples)  # SAM's early and late features start as equals
+
+    def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
+        return self.towers(model.vision, batch) if stage.name == "towers" else model(**batch).loss
+
+    def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
+        if stage.name == "towers":
+            return self.towers.scores(model.vision, batch)
+        tasks, pictures = (*TASKS, *ALSO) if stage.name == "drawings" else TASKS, stage.name != "language"
+        return accuracy(model, processor, stage.held_out, tasks, pictures, split="held-out")
