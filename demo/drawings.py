@@ -10,14 +10,17 @@ The processor reduces a drawing to the model's input, as it does for every pictu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
+import scenes
 from PIL import Image, ImageDraw
-from scenes import BACKGROUNDS, COLORS, KINDS, SIDE, Scene, Shape, chat, draw_background, talk
+from scenes import (
+    BACKGROUNDS, CELL, COLORS, KINDS, SIDE, Scene, Shape, draw, draw_background, random_scene, talk,
+)  # fmt: skip
 
 # As Pillow and paint programs name them; each is moved a little.
 PAINTS = {
@@ -82,7 +85,8 @@ def place(rng: Random, cell: int, width: int, height: int, radius: float) -> tup
     """A point in a ninth of the canvas from which nothing reaches over the canvas' edge; None where there is none."""
     point = []
     for at, side in zip(reversed(divmod(cell, 3)), (width, height)):
-        least, most = max((at + MARGIN) * side / 3, radius * 1.05), min((at + 1 - MARGIN) * side / 3, side - radius * 1.05)
+        least = max((at + MARGIN) * side / 3, radius * 1.05)
+        most = min((at + 1 - MARGIN) * side / 3, side - radius * 1.05)
         if least > most:
             return None
         point.append(rng.uniform(least, most))
@@ -205,7 +209,8 @@ def texture(kind: str, rng: Random) -> Image.Image:
         mix = along
     elif kind == "stripes":
         mix = (along / period) % 1 < rng.uniform(0.3, 0.7)
-        mix = mix ^ ((across * math.sin(angle) - down * math.cos(angle)) / period % 1 < 0.5) if rng.random() < 0.4 else mix
+        if rng.random() < 0.4:
+            mix = mix ^ ((across * math.sin(angle) - down * math.cos(angle)) / period % 1 < 0.5)
     elif kind == "clouds":
         mix = sum(weight * blobs(cells) for weight, cells in zip((0.5, 0.3, 0.2), (rng.randint(3, 6), 12, 40)))
     else:  # grain
@@ -227,12 +232,26 @@ def random_emptiness(rng: Random, held_out: bool = False) -> tuple[Scene, Image.
 TASKS = ("describe", "describe", "color", "count", "position", "relation", "text")
 
 
-def drawing_chat(rng: Random) -> list[dict]:
-    """A conversation for training: of two in five about a scene, of two about a drawing, of one about no shapes."""
+def drawing_chat(rng: Random) -> tuple[Scene, list[dict]]:
+    """A scene and a conversation for training: two in five of usual scenes, two of drawings, one of no shapes."""
     choice = rng.random()
     if choice < 0.4:
-        return chat(rng, describe_ends=False)
+        scene = random_scene(rng)
+        return scene, talk(scene, draw(scene), rng, scenes.TASKS, turns=4, describe_ends=False)
     if choice < 0.8:
         drawing = random_drawing(rng, (1, 1) if choice < 0.55 else (2, 4))
-        return talk(drawing, paint(drawing), rng, TASKS, turns=4, describe_ends=False)
-    return talk(*random_emptiness(rng), rng, ("describe", "count"), 1 + (choice < 0.9), describe_ends=False)
+        return drawing, talk(drawing, paint(drawing), rng, TASKS, turns=4, describe_ends=False)
+    scene, picture = random_emptiness(rng)
+    return scene, talk(scene, picture, rng, ("describe", "count"), 1 + (choice < 0.9), describe_ends=False)
+
+
+def on_the_square(drawing: Drawing) -> Scene:
+    """The drawing as the processor reduces it to a square of SIDE pixels: lengths and cells are of that."""
+    longest = max(drawing.width, drawing.height)
+    scale, left, top = SIDE / longest, (longest - drawing.width) / 2, (longest - drawing.height) / 2
+    shapes = []
+    for shape in drawing.shapes:
+        x, y = (shape.x + left) * scale, (shape.y + top) * scale
+        cell = int(y // CELL) * 3 + int(x // CELL)
+        shapes.append(replace(shape, x=x, y=y, radius=shape.radius * scale, cell=cell))
+    return Scene(tuple(shapes), (), drawing.background, drawing.seed)

@@ -1,8 +1,10 @@
 """How often a checkpoint that train.py made answers exactly right about scenes it was never trained on.
 
     python demo/evaluate.py --model demo/checkpoint --scenes 500
+    python demo/evaluate.py --model demo/vl2 --scenes 500
 
-Prints a table: each kind of question, as the model is, and with SAM's features replaced by zeros.
+Prints a table: each kind of question, as the model is, and with a part of what it sees taken away: SAM's features, or
+DeepSeek-VL2's tiles. For DeepSeek-VL2 also how its tokens spread over its experts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import evaluate_vl2
 from drawings import paint, random_drawing, random_emptiness
 from scenes import TASKS, Scene, ask, draw, random_scene, tell
 
@@ -100,6 +103,22 @@ def without_high_resolution(model: DeepseekVL):
         hook.remove()
 
 
+def vl_shares(model: DeepseekVL, processor: Processor, scenes: int, task: str) -> dict[str, tuple[float, float]]:
+    """For a kind of question the share answered right, and the same without SAM."""
+    whole = accuracy(model, processor, scenes, [task])
+    with without_high_resolution(model):
+        part = accuracy(model, processor, scenes, [task])
+    return {name: (share, part[name]) for name, share in whole.items()}
+
+
+def vl2_shares(model: DeepseekVL, processor: Processor, scenes: int, task: str) -> dict[str, tuple[float, float]]:
+    """The same for DeepSeek-VL2, without its local view."""
+    whole, part = (
+        evaluate_vl2.accuracy(model, processor, scenes, [task], local_view=local_view) for local_view in (True, False)
+    )
+    return {name: (share, part[name]) for name, share in whole.items()}
+
+
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add, folder = parser.add_argument, Path(__file__).parent / "checkpoint"
@@ -116,18 +135,25 @@ def main() -> None:
         processor = Processor(args.model)
     except (ValueError, OSError) as error:
         fail(str(error))
+    tasks, shares, columns = ALL_TASKS, vl_shares, "SAM and SigLIP | SAM's features zeros"
+    if processor.is_vl2:
+        tasks, shares, columns = evaluate_vl2.ALL_TASKS, vl2_shares, "both views | local view grey"
     rows, start = {}, time.perf_counter()
-    for done, task in enumerate(ALL_TASKS, start=1):
-        both = accuracy(model, processor, args.scenes, [task])[task]
-        with without_high_resolution(model):
-            rows[task] = both, accuracy(model, processor, args.scenes, [task])[task]
-        left = (time.perf_counter() - start) / done * (len(ALL_TASKS) - done)
-        note(f"{done} of {len(ALL_TASKS)} kinds, {left:.0f} s left")
+    with evaluate_vl2.expert_load(model) as load:
+        for done, task in enumerate(tasks, start=1):
+            rows |= shares(model, processor, args.scenes, task)
+            left = (time.perf_counter() - start) / done * (len(tasks) - done)
+            note(f"{done} of {len(tasks)} kinds, {left:.0f} s left")
     note("")
     print(f"in {str(model.dtype).removeprefix('torch.')} on {device}, {args.scenes} questions of each kind:\n")
-    print("| exactly right | SAM and SigLIP | SAM's features zeros |\n|---|---|---|")
-    for task, (both, low_alone) in rows.items():
-        print(f"| {task} | {both:.1%} | {low_alone:.1%} |")
+    print(f"| right | {columns} |\n|---|---|---|")
+    for task, (whole, part) in rows.items():
+        print(f"| {task} | {whole:.1%} | {part:.1%} |")
+    if load:
+        print("\nExperts' shares of tokens, over equal ones, least and most busy:")
+        for name, counts in load.items():
+            relative = counts / counts.mean()
+            print(f"{name}: {relative.min():.2f} and {relative.max():.2f}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""How often a DeepSeek-VL2 that train.py made answers right about scenes it was never trained on, and how well it locates.
-
-Called by evaluate.py.
-"""
+"""How often a DeepSeek-VL2 that train.py made answers right about scenes it was never trained on, and how well it
+locates. Called by evaluate.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from random import Random
 
 import torch
 from drawings import random_emptiness
+from torch import Tensor
 from vl2_scenes import TASKS, Scene, ask, draw, random_scene
 
 from generate import generate
-from model import DeepseekVL
+from model import DeepseekVL, Router
 from processor import Box, Processor, parse_boxes
 
 MEASURED = (*TASKS, "box overlap")  # the mean intersection over union of "ground"
@@ -74,8 +75,6 @@ def answers(
 
 def without_boxes(text: str) -> str:
     """A description without its tags and numbers."""
-    import re
-
     return re.sub(r"<\|det\|>.*?<\|/det\|>|<\|/?ref\|>", "", text)
 
 
@@ -108,3 +107,24 @@ def accuracy(
         else:
             shares[task] = sum(text == right for text, right in pairs) / scenes
     return shares
+
+
+@contextmanager
+def expert_load(model: DeepseekVL) -> Iterator[dict[str, Tensor]]:
+    """Within this, the dict gathers how many tokens each expert of each layer got (padding of batches included)."""
+    load: dict[str, Tensor] = {}
+
+    def count(name: str, router: Router, experts: Tensor) -> None:
+        counts = torch.bincount(experts.flatten(), minlength=router.config.n_routed_experts).float().cpu()
+        load[name] = load.get(name, 0) + counts
+
+    hooks = [
+        module.register_forward_hook(lambda router, inputs, out, name=name: count(name, router, out[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield load
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -60,6 +63,21 @@ class Lessons(nn.Module):
     def state_of_reports(self) -> dict[str, float]:
         """What else a report shows, since the last one."""
         return {}
+
+
+@contextmanager
+def outputs(**modules: nn.Module) -> Iterator[dict[str, Any]]:
+    """Within this, the dict holds what each module gave last."""
+    kept: dict[str, Any] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, out, name=name: kept.update({name: out}))
+        for name, module in modules.items()
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def start_small(model: DeepseekVL) -> None:

@@ -60,15 +60,15 @@ class TowerLoss(nn.Module):
         self.letter = nn.Linear(config.high.width, len(LETTERS))
         self.register_buffer("rarity", torch.tensor([0.1] + [1.0] * (len(LETTERS) - 1)))
 
-    def forward(self, tower: HybridTower, batch: dict[str, Tensor]) -> Tensor:
-        """The sum of all heads' mean cross entropies."""
-        patches: list[Tensor] = []
-        hook = tower.high.blocks[-1].register_forward_hook(lambda module, inputs, output: patches.append(output))
-        high, low = tower(*tower.split(batch["pixel_values"].to(self.rarity.device)))
-        hook.remove()
+    def forward(self, patches: Tensor, high: Tensor, low: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The sum of all heads' mean cross entropies.
+
+        Args:
+            patches: SAM's last block's output, (B, g, g, D); high, low: the towers' tokens, (B, 9, D each).
+        """
         letter_labels = batch["letters"].to(self.rarity.device).flatten()
-        loss = F.cross_entropy(self.letter(patches[0]).flatten(0, 2), letter_labels, self.rarity)
-        labels = batch["labels"].to(self.rarity.device)
+        loss = F.cross_entropy(self.letter(patches).flatten(0, 2), letter_labels, self.rarity)
+        labels = batch["cells"].to(self.rarity.device)
         for heads, place, tokens in zip((self.high, self.low), self.place, (high, low)):
             here = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
             loss = loss + F.cross_entropy(place(tokens).flatten(0, 1), here)
@@ -82,7 +82,7 @@ class TowerLoss(nn.Module):
     def scores(self, tower: HybridTower, batch: dict[str, Tensor]) -> dict[str, float]:
         """Of the shapes, the share whose kind, colour and size SAM's heads get right; of the signs, the share read."""
         high, _ = tower(*tower.split(batch["pixel_values"].to(self.rarity.device)))
-        labels = batch["labels"].to(self.rarity.device)
+        labels = batch["cells"].to(self.rarity.device)
         right = torch.stack([head(high).argmax(-1) for head in self.high], dim=-1) == labels
         is_shape, is_sign = labels[..., 1] != IGNORED, labels[..., 3] != IGNORED
         shapes, signs = right[is_shape][:, :3].all(-1), right[is_sign][:, 3:].all(-1)

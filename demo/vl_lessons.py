@@ -11,7 +11,7 @@ them; the first two stages stand in for that:
     chat      stage 3: everything but SAM.
     practice  stage 3 a little longer, with more to count.
     drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
-              colours, and pictures without shapes.
+              colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.
@@ -22,11 +22,11 @@ from __future__ import annotations
 from random import Random
 
 import torch
-from drawings import drawing_chat
+from drawings import Drawing, drawing_chat, on_the_square
 from empty_checkpoint import write_empty_checkpoint
 from evaluate import DRAWINGS, accuracy
 from scenes import TASKS, chat, draw, random_scene
-from stages import Lessons, Stage, start_small
+from stages import Lessons, Stage, outputs, start_small
 from torch import Tensor, nn
 from towers import TowerLoss, letter_map, ninths
 
@@ -41,8 +41,6 @@ ALSO = (*DRAWINGS, "no shapes")  # measured in the stage "drawings"
 def conversation(stage: Stage, rng: Random) -> list[dict]:
     if stage.name == "adaptor":
         return chat(rng, tasks=("describe",))
-    if stage.name == "drawings":
-        return drawing_chat(rng)
     if stage.name in WEAK:
         return chat(rng, (*TASKS, *WEAK[stage.name]), pictures=rng.random() < 0.95, describe_ends=False)
     return chat(rng, pictures=rng.random() < {"language": 0, "joint": 0.8}[stage.name])
@@ -56,7 +54,7 @@ class VLLessons(Lessons):
         Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
         Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
         Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
-        Stage("drawings", 1000, 16, 6e-4, ("vision", "aligner", "language", "lm_head")),
+        Stage("drawings", 700, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
@@ -67,19 +65,33 @@ class VLLessons(Lessons):
 
     @staticmethod
     def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
-        if stage.name != "towers":
+        if stage.name == "towers":
+            scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
+            pixels = [processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes]
+            batch = {"pixel_values": torch.cat(pixels)}
+        elif stage.name == "drawings":
+            scenes, talks = zip(*map(drawing_chat, rngs))
+            scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
+            batch = processor(list(talks), labels=True)
+        else:
             return processor([conversation(stage, rng) for rng in rngs], labels=True)
-        scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
-        pixels = torch.cat([processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes])
-        labels, letters = (torch.stack([f(scene) for scene in scenes]) for f in (ninths, letter_map))
-        return {"pixel_values": pixels, "labels": labels, "letters": letters}
+        cells, letters = (torch.stack([f(scene) for scene in scenes]) for f in (ninths, letter_map))
+        return batch | {"cells": cells, "letters": letters}
 
     def start(self, model: DeepseekVL, processor: Processor) -> None:
         start_small(model)
         nn.init.ones_(model.vision.high.hd_alpha_downsamples)  # SAM's early and late features start as equals
 
     def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
-        return self.towers(model.vision, batch) if stage.name == "towers" else model(**batch).loss
+        if not stage.heads:
+            return model(**batch).loss
+        with outputs(patches=model.vision.high.blocks[-1], towers=model.vision) as kept:
+            if stage.name == "towers":
+                model.vision(*model.vision.split(batch["pixel_values"].to(model.device)))
+                answers = 0.0
+            else:
+                answers = model(**{key: value for key, value in batch.items() if key not in ("cells", "letters")}).loss
+        return answers + (0.3 if stage.name == "drawings" else 1) * self.towers(kept["patches"], *kept["towers"], batch)
 
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
         if stage.name == "towers":
