@@ -1,12 +1,14 @@
-"""Draw the README's figures of the demo: a scene as each tower sees it, and the training curve.
+"""Draw the README's figures of both demos: a scene as each tower sees it, the training curves, the experts' load.
 
-python demo/figures.py      writes demo/resolutions.png, demo/training.png and the scenes in demo/images
+python demo/figures.py      writes resolutions.png, training.png, training_vl2.png and experts.png in demo, and the scenes
+                            in demo/images
 """
 
 from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -15,7 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 DEMO = Path(__file__).parent
 sys.path[:0] = [str(DEMO), str(DEMO.parent)]
 
-from scenes import SIDE, Scene, change, draw, plate, random_scene
+import vl2_scenes
+from drawings import paint, random_drawing
+from scenes import SIDE, Scene, draw, plate, random_scene
 
 from generate import Parser
 from load_weights import read_config
@@ -23,10 +27,12 @@ from model import DeepseekVL
 from processor import Processor
 
 # Seeds, chosen by hand; no seed of training's looks so.
-EXAMPLES = {"scene": "scene-283", "photo": "photo-49", "before": "pair-20"}
+EXAMPLES = {"scene": "scene-283", "photo": "photo-49"}
+DRAWING, WIDE = "drawing-1", "wide-1"
 INK, GREY, PAPER = (40, 40, 46), (205, 205, 210), (255, 255, 255)
-CURVES = {"describe": "#1f77b4", "color": "#d62728", "count": "#2ca02c", "position": "#9467bd", "relation": "#ff7f0e"}
-CURVES |= {"text": "#111111", "shapes": "#e377c2", "signs": "#17becf", "loss": "#8c8c94"}
+PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#111111", "#e377c2", "#17becf", "#bcbd22", "#7f4f24")
+PALETTE += ("#00a087", "#3c5488", "#f39b7f")
+LOADS = ("least busy", "busiest")  # of the experts, over an equal share
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -59,58 +65,78 @@ def draw_resolutions(scene: Scene) -> Image.Image:
     return canvas
 
 
-def draw_training(history: Path) -> Image.Image:
-    """Loss, over its highest in the stage, and held-out accuracy against minutes of training."""
-    rows = list(csv.DictReader(history.open()))
-    ends, clock = [], 0.0  # the clock starts anew with each stage
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in CURVES}
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    for stage in stages:
+@dataclass
+class Curves:
+    """A training's numbers against its seconds, which start anew with each stage."""
+
+    stages: list[tuple[str, float]]  # a stage's name, and when it ended
+    points: dict[str, list[tuple[float, float]]]
+
+
+def read_history(file: Path) -> Curves:
+    """Of a history.csv; the loss is over its highest in the stage."""
+    rows = list(csv.DictReader(file.open()))
+    stages, clock = [], 0.0
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in rows[0] if name not in ("stage", "step", "seconds")}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
         highest = max(float(row["loss"]) for row in own)
         for row in own:
-            at = clock + float(row["seconds"])
-            points["loss"].append((at, float(row["loss"]) / highest))
-            for task in CURVES.keys() - {"loss"}:
-                if row[task]:
-                    points[task].append((at, float(row[task])))
+            for name, line in points.items():
+                if row[name]:
+                    line.append((clock + float(row["seconds"]), float(row[name]) / (highest if name == "loss" else 1)))
         clock += float(own[-1]["seconds"])
-        ends.append((stage, clock))
+        stages.append((stage, clock))
+    return Curves(stages, points)
+
+
+def draw_curves(curves: Curves, names: list[str], most: float = 1.0, step: float = 0.25) -> Image.Image:
+    """The named curves against minutes of training, from 0 to `most`; none goes on from one stage into the next."""
     left, top, width, height = 70, 50, 1000, 320
-    canvas = Image.new("RGB", (left + width + 130, top + height + 60), PAPER)
+    canvas = Image.new("RGB", (left + width + 150, top + height + 60), PAPER)
     pen = ImageDraw.Draw(canvas)
+    clock = curves.stages[-1][1]
 
     def place(at: float, value: float) -> tuple[float, float]:
-        return left + width * at / clock, top + height * (1 - value)
+        return left + width * at / clock, top + height * (1 - value / most)
 
-    for percent in range(0, 101, 25):
-        y = place(0, percent / 100)[1]
+    for i in range(round(most / step) + 1):
+        y = place(0, i * step)[1]
         pen.line((left, y, left + width, y), fill=GREY)
-        pen.text((left - 8, y), f"{percent}%", fill=INK, font=font(14), anchor="rm")
+        pen.text((left - 8, y), f"{i * step:.0%}", fill=INK, font=font(14), anchor="rm")
     start = 0.0
-    for i, (stage, end) in enumerate(ends):
-        x, odd = place(end, 0)[0], i % 2  # in two rows, since the stages in the middle are short
+    for i, (stage, end) in enumerate(curves.stages):
+        x, odd = place(end, 0)[0], i % 2  # in two rows, since some stages are short
         pen.line((x, top, x, top + height), fill=GREY)
         pen.text(((place(start, 0)[0] + x) / 2, top - 8 - 18 * odd), stage, fill=INK, font=font(14), anchor="mb")
         pen.text((x, top + height + 6 + 18 * odd), f"{end / 60:.0f} min", fill=INK, font=font(14), anchor="mt")
         start = end
-    for i, (name, line) in enumerate(points.items()):
-        for stage_start, stage_end in zip([0.0, *(end for _, end in ends)], (end for _, end in ends)):
-            inside = [place(*point) for point in line if stage_start < point[0] <= stage_end]
-            pen.line(inside, fill=CURVES[name], width=2 if name != "loss" else 1)
-        pen.text((left + width + 12, top + 22 * i), name, fill=CURVES[name], font=font(16))
+    for i, name in enumerate(names):
+        color = "#8c8c94" if name == "loss" else PALETTE[i]
+        for stage_start, stage_end in zip([0.0, *(end for _, end in curves.stages)], (end for _, end in curves.stages)):
+            inside = [place(*point) for point in curves.points[name] if stage_start < point[0] <= stage_end]
+            pen.line(inside, fill=color, width=2 if name != "loss" else 1)
+            if len(inside) == 1:
+                pen.ellipse([at + d for d in (-2, 2) for at in inside[0]], fill=color)
+        pen.text((left + width + 12, top + 22 * i), name, fill=color, font=font(16))
     return canvas
 
 
 def main() -> None:
-    parser = Parser(description="Writes demo/resolutions.png, demo/training.png and the scenes in demo/images.")
+    parser = Parser(description="Writes the README's figures in demo and the scenes in demo/images.")
     parser.parse_args()  # --help writes none of them
     scenes = {name: random_scene(Random(seed)) for name, seed in EXAMPLES.items()}
-    scenes["after"], _ = change(scenes["before"], Random(EXAMPLES["before"]))
-    for name, scene in scenes.items():
-        draw(scene).save(DEMO / "images" / f"{name}.png")
+    pictures = {name: draw(scene) for name, scene in scenes.items()}
+    pictures["drawing"] = paint(random_drawing(Random(DRAWING)))
+    pictures["wide"] = vl2_scenes.draw(vl2_scenes.random_scene(Random(WIDE)))
+    for name, picture in pictures.items():
+        picture.save(DEMO / "images" / f"{name}.png")
     draw_resolutions(scenes["scene"]).save(DEMO / "resolutions.png")
-    draw_training(DEMO / "checkpoint" / "history.csv").save(DEMO / "training.png")
+    for folder, name in (("checkpoint", "training"), ("vl2", "training_vl2")):
+        curves = read_history(DEMO / folder / "history.csv")
+        told = [name for name in curves.points if name not in LOADS]
+        draw_curves(curves, [*told[1:], "loss"]).save(DEMO / f"{name}.png")
+    draw_curves(curves, list(LOADS), most=3.0, step=0.5).save(DEMO / "experts.png")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ class TowerLoss(nn.Module):
             loss = loss + F.cross_entropy(place(tokens).flatten(0, 1), here)
             for i, head in enumerate(heads):
                 right = labels[..., i].flatten()
+                if (right == IGNORED).all():
+                    continue  # no signs in this batch
                 weight = 3 if i == 0 else 1  # a small circle is almost a small square: kinds are what is learnt last
                 loss = loss + weight * F.cross_entropy(head(tokens).flatten(0, 1), right, ignore_index=IGNORED)
         return loss
