@@ -28,7 +28,7 @@ from processor import Processor
 
 # Seeds, chosen by hand; no seed of training's looks so.
 EXAMPLES = {"scene": "scene-283", "photo": "photo-49"}
-DRAWING, WIDE = "drawing-1", "wide-1"
+DRAWING, WIDE = "drawing-325", "wide-2145"
 INK, GREY, PAPER = (40, 40, 46), (205, 205, 210), (255, 255, 255)
 PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#111111", "#e377c2", "#17becf", "#bcbd22", "#7f4f24")
 PALETTE += ("#00a087", "#3c5488", "#f39b7f")

@@ -282,12 +282,18 @@ def chat(
 
 # ------------------------------------------------------------------------------------------- labels
 
-FIELDS = ("kind", "color", "size", "left", "top", "right", "bottom", "rank", "text")
+FIELDS = ("kind", "color", "size", "left", "top", "right", "bottom", "rank", "text", "across", "down")
 
 
 def word_id(processor: Processor, word: str) -> int:
     (id,) = processor.tokenizer.encode(word if word.isdigit() or word.isspace() else f" {word}")
     return id
+
+
+@cache
+def number_ids(processor: Processor) -> Tensor:
+    """The tokens of the numbers 0 to 999, int64 (1000,)."""
+    return torch.tensor([word_id(processor, str(number)) for number in range(COORDINATES + 1)])
 
 
 def views(size: tuple[int, int], processor: Processor) -> list[tuple[tuple[int, int], float, Point]]:
@@ -301,6 +307,8 @@ def views(size: tuple[int, int], processor: Processor) -> list[tuple[tuple[int, 
 
 def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> Tensor:
     """For each token of the picture, in words of the vocabulary, what stands there: int64 (tokens, fields).
+
+    The last two fields are its own place in the picture, in thousandths.
 
     Newlines, the separator and tokens with a mere edge of something are ignored. In the whole picture's tile, so are
     those with several things.
@@ -338,6 +346,11 @@ def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> Te
                 unclear |= (covered > 0.1).sum(-1) > 1
         grid = words[torch.from_numpy(which)]
         grid[torch.from_numpy(unclear)] = IGNORED
+        for k, edges in enumerate((left, top)):
+            place = torch.from_numpy((edges + cell / 2 - corner[k]) / (scale * picture.size[k]) * COORDINATES).round().long()
+            inside = (place >= 0) & (place <= COORDINATES)
+            ids = number_ids(processor)[place.clamp(0, COORDINATES)]
+            grid[..., FIELDS.index("across") + k] = torch.where(inside, ids, IGNORED)
         newlines = torch.full((rows, 1, len(FIELDS)), IGNORED)
         labels.append(torch.cat((grid, newlines), dim=1).flatten(0, 1))
     return torch.cat((labels[0], torch.full((1, len(FIELDS)), IGNORED), labels[1]))

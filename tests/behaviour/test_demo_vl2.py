@@ -1,0 +1,127 @@
+"""The DeepSeek-VL2 demo: its scenes and labels, its tokenizer, its checkpoint's answers and boxes."""
+
+import re
+import sys
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_demo import DEMO, run
+
+sys.path.insert(0, str(DEMO))
+
+import evaluate_vl2  # noqa: E402
+import vl2_lessons  # noqa: E402
+import vl2_scenes  # noqa: E402
+
+from load_weights import load_model  # noqa: E402
+from model import ExpertsConfig, LanguageConfig, Router  # noqa: E402
+from processor import Processor, parse_boxes  # noqa: E402
+
+CHECKPOINT = DEMO / "vl2"
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return load_model(CHECKPOINT, dtype=torch.float32), Processor(CHECKPOINT)
+
+
+def test_a_box_is_where_the_picture_shows_the_shape():
+    for seed in range(60):
+        scene = replace(vl2_scenes.random_scene(Random(seed)), noise=0.0, sign=None)
+        for shape in scene.shapes:
+            one = replace(scene, shapes=(shape,))
+            shown = (np.asarray(vl2_scenes.draw(one), dtype=int) != scene.ground).any(-1)
+            rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+            width, height = one.size
+            found = [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height]
+            pixel = [999 / side for side in (width, height)] * 2
+            told = vl2_scenes.thousandths(shape, one)
+            assert all(abs(999 * a - b) <= 1.6 * p + 1 for a, b, p in zip(found, told, pixel)), (found, told)
+            (box,) = parse_boxes(vl2_scenes.located("it", [shape], one), evaluate_vl2.FINE)
+            assert np.allclose(box[1:], [value * 100 for value in told], atol=2)
+
+
+def test_answers_follow_from_the_scene():
+    asked = dict.fromkeys(vl2_scenes.TASKS, 0)
+    for seed in range(200):
+        scene = vl2_scenes.random_scene(rng := Random(seed))
+        along = [shape.middle[scene.is_tall] for shape in scene.shapes]
+        assert along == sorted(along) and len({shape.name for shape in scene.shapes}) == len(along)
+        assert not scene.sign or max(scene.width, scene.height) >= 3 * vl2_scenes.TILE  # too small in one tile
+        for task in vl2_scenes.TASKS:
+            if (found := vl2_scenes.ask(scene, task, rng)) is None:
+                continue
+            question, answer = found
+            asked[task] += 1
+            names = [shape.name for shape in scene.shapes]
+            if task in ("describe", "grounded"):
+                assert re.findall(r"(?:small|large) (\w+ \w+)", answer) == names
+            if task in ("ground", "grounded"):
+                boxes = [list(map(int, box.split(", "))) for box in re.findall(r"\[(\d[^\]]*)\]", answer)]
+                every = [vl2_scenes.thousandths(thing, scene) for thing in scene.things]
+                assert boxes and all(box in every for box in boxes) and sorted(boxes, key=every.index) == boxes
+            if task == "ground":
+                label = re.fullmatch(r"<\|ref\|>the (.*)<\|/ref\|>", question)[1]
+                words = set(label.removesuffix("s").replace("shape", "").split())
+                fits = [t for t in scene.things if words <= {t.kind, t.color, t.size}]
+                assert [vl2_scenes.thousandths(thing, scene) for thing in fits] == boxes, (question, answer)
+            if task == "color":
+                assert sum(shape.name in f"{answer.split()[-1][:-1]} {answer.split()[-3]}" for shape in scene.shapes)
+            if task == "text":
+                assert answer == (f"It says {scene.sign.text}." if scene.sign else "There is no text.")
+    assert min(asked.values()) > 120, asked
+
+
+def test_labels_of_tokens_tell_the_box_of_what_is_there():
+    processor = Processor(CHECKPOINT)
+    number = {vl2_scenes.word_id(processor, str(n)): n for n in range(1000)}
+    for seed in range(20):
+        scene = vl2_scenes.random_scene(Random(seed))
+        picture = vl2_scenes.draw(scene)
+        labels = vl2_scenes.token_labels(scene, picture, processor)
+        tokens, letters = processor.image_tokens(picture.size), vl2_scenes.letter_labels(scene, picture, processor, 8)
+        assert labels.shape == (tokens, len(vl2_scenes.FIELDS))
+        told = {tuple(number[int(id)] for id in row[3:7]) for row in labels if row[3] != vl2_scenes.IGNORED}
+        assert told == {tuple(vl2_scenes.thousandths(thing, scene)) for thing in scene.things}
+        spelled = [vl2_scenes.LETTERS[i] for i in letters[1:].flatten() if i > 0]
+        assert sorted(spelled) == sorted(scene.sign.text if scene.sign else "")
+
+
+def test_its_tokenizer_is_a_byte_level_bpe_as_the_tokenizers_library_reads_it():
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    ours = Processor(CHECKPOINT).tokenizer
+    texts = ["111 and 999, 12345. naïve\n\n  [[1, 22, 333, 4]], \t東京"]
+    texts += [message["content"] for seed in range(50) for message in vl2_scenes.chat(Random(seed))[2]]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert all(len(ours.encode(str(n))) == 1 for n in range(1000))
+
+
+def test_a_bias_rises_for_experts_with_too_few_tokens():
+    """DeepSeek-V3, section 2.1.2."""
+    experts = ExpertsConfig(n_routed_experts=4, num_experts_per_tok=1, topk_method="noaux_tc", scoring_func="sigmoid")
+    router, balance = Router(LanguageConfig(hidden_size=4, experts=experts)), vl2_lessons.Balance()
+    router.weight.data.copy_(4 * torch.eye(4))
+    router.register_forward_hook(balance.count)
+    balance.real = torch.tensor([True] * 5 + [False])
+    router(torch.eye(4)[[0, 0, 0, 1, 2, 3]])  # the last is padding: 3, 1, 1 and 0 tokens, where 1.25 is the mean
+    balance.step()
+    step = vl2_lessons.BALANCE
+    assert torch.allclose(router.e_score_correction_bias.data, torch.tensor([-step, step, step, step]))
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100]]<|/det|>", [1.0]),
+    ("<|ref|>a<|/ref|><|det|>[[50, 0, 150, 100]]<|/det|>", [1 / 3]),
+    ("<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100], [0, 0, 9, 9]]<|/det|>", [1.0, 0.0]),
+    ("none", [0.0]),
+])  # fmt: skip
+def test_overlaps(given, expected):
+    right = "<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100]]<|/det|>"
+    assert evaluate_vl2.overlaps(given, right) == pytest.approx(expected, abs=1e-3)
