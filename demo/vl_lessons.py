@@ -54,7 +54,7 @@ class VLLessons(Lessons):
         Stage("joint", 6000, 16, 2e-3, ("aligner", "language", "lm_head")),
         Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
         Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
-        Stage("drawings", 700, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
+        Stage("drawings", 320, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
