@@ -1,9 +1,10 @@
 """How the DeepSeek-VL2 demo is trained: what its picture's tokens must know, and how its experts are kept busy.
 
-    look    tower, aligner and the decoder's first layers: what is where in a picture? Stands in for SigLIP's
-            pretraining. Each token of a picture says, in words of the vocabulary, what stands there (kind, colour, size,
-            the four numbers of its box, a sign's text), through linear layers that are thrown away. Each patch of
-            SigLIP says its letter.
+    towers  SigLIP and the aligner alone, in place of SigLIP's pretraining: each token of a tile says, in words of the
+            vocabulary, what stands there (kind, colour, size, a sign's text), and how far it reaches; each patch says
+            its letter. All through linear layers that are thrown away.
+    look    the decoder's first layers too: where in the picture is it? Each token says also the four numbers of its
+            thing's box, its own place, and the how-manieth thing it is.
     joint   everything, on conversations: the loss on answers, and half of what `look` asks.
     answers everything, on answers alone.
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -26,6 +28,8 @@ from processor import COORDINATES, Processor
 from vision import attention
 
 LAYERS = 3  # the decoder's first, after which tokens say what they see
+TILE_FIELDS = ("kind", "color", "size", "text")  # what a tile alone can show
+LABELS = ("seen", "reach", "letters")
 NUMBER_FIELDS = ("left", "top", "right", "bottom", "across", "down")
 FEWER = 5  # of what every token has, its place or nothing, one token in so many is asked
 BLUR = 6.0  # standard deviation, in thousandths, of what counts as the right number in a box
@@ -63,8 +67,9 @@ class Balance:
 
 class VL2Lessons(Lessons):
     stages = (
-        Stage("look", 550, 16, 2.5e-3, EVERYTHING, 0, heads=True),
-        Stage("joint", 1000, 16, 2e-3, EVERYTHING, 24, heads=True),
+        Stage("towers", 1200, 16, 3e-3, ("vision", "aligner", "lm_head"), 0, heads=True),
+        Stage("look", 200, 16, 2e-3, EVERYTHING, 0, heads=True),
+        Stage("joint", 1300, 16, 2e-3, EVERYTHING, 24, heads=True),
         Stage("answers", 100, 16, 5e-4, EVERYTHING, 50),
     )
     measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
@@ -74,6 +79,7 @@ class VL2Lessons(Lessons):
         super().__init__(config)
         D = config.language.hidden_size
         self.fields = nn.ModuleList(nn.Linear(D, D) for _ in FIELDS)
+        self.reach = nn.Linear(D, 4)
         self.letter = nn.Linear(config.vision.width, len(LETTERS))
         self.balance, self.load, self.nothing = Balance(), [], 0
         self.grid = config.vision.grid
@@ -94,41 +100,44 @@ class VL2Lessons(Lessons):
 
     @staticmethod
     def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
-        tasks = ("describe",) if stage.name == "look" else None
-        found = [chat(rng, tasks, 1) if tasks else chat(rng) for rng in rngs]
-        if stage.name == "look":  # only the picture: the answer comes after all that is asked
+        silent = stage.name in ("towers", "look")
+        found = [chat(rng, ("describe",), 1) if silent else chat(rng) for rng in rngs]
+        if silent:  # only the picture: the answer comes after all that is asked
             batch = processor([messages[:1] for *_, messages in found])
         else:
             batch = processor([messages for *_, messages in found], labels=True)
         if stage.name != "answers":
             patches = processor.pixels.side // 6
-            batch["seen"] = torch.cat([token_labels(*pair, processor) for *pair, _ in found])
+            seen, reach = zip(*(token_labels(*pair, processor) for *pair, _ in found))
+            batch |= {"seen": torch.cat(seen), "reach": torch.cat(reach)}
             batch["letters"] = torch.cat([letter_labels(*pair, processor, patches) for *pair, _ in found])
         return batch
 
-    def look(self, model: DeepseekVL, batch: dict[str, Tensor], patches: Tensor, hidden: Tensor) -> Tensor:
-        """What each token of a picture says is there, against what is."""
-        labels = batch["seen"].to(hidden.device)
-        hidden = hidden[batch["images_seq_mask"].to(hidden.device)]
-        normed = F.rms_norm(hidden, hidden.shape[-1:])
-        letters = batch["letters"].to(hidden.device).flatten()
-        rarity = torch.ones(len(LETTERS), device=hidden.device)
+    def see(self, model: DeepseekVL, batch: dict[str, Tensor], patches: Tensor, tokens: Tensor, fields: Sequence[str]):
+        """What each token of a picture says is there, and each patch which letter, against what is: a scalar.
+
+        Args:
+            patches: SigLIP's (tiles, N, C); tokens: (tokens, D), of all pictures.
+        """
+        labels, normed = batch["seen"].to(tokens.device), F.rms_norm(tokens, tokens.shape[-1:])
+        letters = batch["letters"].to(tokens.device).flatten()
+        rarity = torch.ones(len(LETTERS), device=tokens.device)
         rarity[0] = 0.1
         loss = F.cross_entropy(self.letter(patches).flatten(0, 1), letters, rarity, ignore_index=IGNORED)
-        values = torch.arange(COORDINATES + 1, device=hidden.device)
-        place = torch.zeros(model.lm_head.out_features, dtype=torch.long, device=hidden.device)
+        values = torch.arange(COORDINATES + 1, device=tokens.device)
+        place = torch.zeros(model.lm_head.out_features, dtype=torch.long, device=tokens.device)
         place[self.number_ids] = values
-        some = torch.arange(len(labels), device=hidden.device) % FEWER == 0
+        some = torch.arange(len(labels), device=tokens.device) % FEWER == 0
         nothing = labels[:, 0] == self.nothing
-        for i, field in enumerate(FIELDS):
-            known = labels[:, i] != IGNORED
+        for field in fields:
+            known = (right := labels[:, FIELDS.index(field)]) != IGNORED
             if field in ("across", "down"):
                 known &= some
             elif field == "kind":
                 known &= ~nothing | some
             if not known.any():
                 continue
-            right, words = labels[known, i], self.fields[i](normed[known])
+            right, words = right[known], self.fields[FIELDS.index(field)](normed[known])
             if field in NUMBER_FIELDS:  # a number near the right one is not quite wrong
                 logits = F.linear(words, model.lm_head.weight[self.number_ids])
                 soft = torch.softmax(-0.5 * ((values - place[right][:, None]) / BLUR) ** 2, dim=1)
@@ -137,13 +146,27 @@ class VL2Lessons(Lessons):
                 loss = loss + F.cross_entropy(model.lm_head(words), right)
         return loss
 
+    def reach_loss(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """How far things reach from the tokens that show them: the mean error of the four sides, in tokens."""
+        known = batch["seen"][:, FIELDS.index("left")] != IGNORED
+        told = self.reach(F.rms_norm(tokens[known], tokens.shape[-1:]))
+        return F.l1_loss(told, batch["reach"][known].to(tokens.device))
+
     def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key not in ("seen", "letters", "labels")}
+        if stage.name == "towers":
+            patches = model.vision(batch["pixel_values"].to(model.device))
+            tokens = torch.cat(model.aligner(patches, batch["images_spatial_crop"]))
+            return self.see(model, batch, patches, tokens, TILE_FIELDS) + 4 * self.reach_loss(batch, tokens)
+        inputs = {key: value for key, value in batch.items() if key not in (*LABELS, "labels")}
         self.balance.real = batch["attention_mask"].bool().flatten().to(model.device)
-        with outputs(patches=model.vision, hidden=model.language.layers[LAYERS - 1], last=model.language) as kept:
+        parts = {"patches": model.vision, "tokens": model.aligner, "hidden": model.language.layers[LAYERS - 1]}
+        with outputs(**parts, last=model.language) as kept:
             model(**inputs, logits_to_keep=1)
-        self.balance.real = None
-        seen = 0.0 if stage.name == "answers" else self.look(model, batch, kept["patches"], kept["hidden"])
+        self.balance.real, seen = None, 0.0
+        if stage.name != "answers":
+            shown = kept["hidden"][batch["images_seq_mask"].to(model.device)]
+            seen = self.see(model, batch, kept["patches"], shown, FIELDS)
+            seen = seen + 2 * self.reach_loss(batch, torch.cat(kept["tokens"]))
         if stage.name == "look":
             return seen
         # As DeepseekVL's own loss, but logits of answers alone: most of a sequence is picture.
@@ -152,6 +175,8 @@ class VL2Lessons(Lessons):
         return F.cross_entropy(logits, expected[expected != IGNORED]) + 0.5 * seen
 
     def after_step(self, model: DeepseekVL) -> None:
+        if not self.balance.counts:
+            return
         self.balance.step()
         self.load.append(torch.stack(list(self.balance.counts.values())).cpu())
 
@@ -166,23 +191,19 @@ class VL2Lessons(Lessons):
 
     @torch.no_grad()
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
-        if stage.name != "look":
+        if stage.name in ("joint", "answers"):
             return accuracy(model, processor, stage.held_out, split="held-out")
-        with outputs(hidden=model.language.layers[LAYERS - 1]) as kept:
-            model(**{key: value for key, value in batch.items() if key not in ("seen", "letters")}, logits_to_keep=1)
-        hidden = F.rms_norm(kept["hidden"], kept["hidden"].shape[-1:])[batch["images_seq_mask"].to(model.device)]
+        with outputs(tokens=model.aligner, hidden=model.language.layers[LAYERS - 1]) as kept:
+            model(**{key: value for key, value in batch.items() if key not in LABELS}, logits_to_keep=1)
+        hidden = kept["hidden"][batch["images_seq_mask"].to(model.device)]
+        normed = F.rms_norm(torch.cat(kept["tokens"]) if stage.name == "towers" else hidden, hidden.shape[-1:])
         labels = batch["seen"].to(model.device)
-        right = torch.stack(
-            [model.lm_head(field(hidden)).argmax(1) == labels[:, i] for i, field in enumerate(self.fields)], dim=1
-        )
-        shapes, signs = labels[:, 1] != IGNORED, labels[:, 8] != IGNORED
-        value = torch.full((model.lm_head.out_features,), -1000.0)
-        value[self.number_ids] = torch.arange(COORDINATES + 1.0)
-        sides = [(value[model.lm_head(self.fields[i](hidden)).argmax(1)] - value[labels[:, i].clamp(min=0)]).abs()
-                 for i in (3, 4, 5, 6)]  # fmt: skip
-        near = torch.stack(sides).amax(0) < 25
-        return {
-            "named": right[shapes][:, :3].all(1).float().mean().item(),
-            "placed": near[shapes].float().mean().item(),
-            "read": right[signs][:, 8].float().mean().item(),
-        }
+        said = torch.stack([model.lm_head(field(normed)).argmax(1) for field in self.fields], dim=1)
+        right, shapes, signs = said == labels, labels[:, 1] != IGNORED, labels[:, 8] != IGNORED
+        found = {"named": right[shapes][:, :3].all(1).float().mean(), "read": right[signs][:, 8].float().mean()}
+        if stage.name == "look":
+            value = torch.full((model.lm_head.out_features,), -1000, device=model.device)
+            value[self.number_ids] = torch.arange(COORDINATES + 1, device=model.device)
+            off = value[said[shapes][:, 3:7]] - value[labels[shapes][:, 3:7]]
+            found["placed"] = (off.abs().amax(1) < 40).float().mean()
+        return {name: share.item() for name, share in found.items()}

@@ -18,6 +18,7 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from drawings import (
     LEAST_CONTRAST, PAINTS, add_noise, contrast, random_emptiness, random_ground, random_paint,
 )  # fmt: skip
@@ -305,10 +306,11 @@ def views(size: tuple[int, int], processor: Processor) -> list[tuple[tuple[int, 
     return found
 
 
-def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> Tensor:
+def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> tuple[Tensor, Tensor]:
     """For each token of the picture, in words of the vocabulary, what stands there: int64 (tokens, fields).
 
-    The last two fields are its own place in the picture, in thousandths.
+    The last two fields are its own place in the picture, in thousandths. Also how far from the token's middle the
+    thing's part in this tile reaches to the left, up, right and down, in tokens: float32 (tokens, 4), 0 where unknown.
 
     Newlines, the separator and tokens with a mere edge of something are ignored. In the whole picture's tile, so are
     those with several things.
@@ -324,18 +326,23 @@ def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> Te
         for field, word in found.items():
             words[i, FIELDS.index(field)] = word_id(processor, word)
     words[-1, 0] = word_id(processor, "\n")  # nothing
-    labels = []
+    labels, reaches = [], []
+    side = processor.pixels.side
     for (wide, high), scale, corner in views(picture.size, processor):
-        cell = processor.pixels.side / processor.tile_tokens
+        cell = side / processor.tile_tokens
         columns, rows = round(wide / cell), round(high / cell)
         left, top = np.meshgrid(np.arange(columns) * cell, np.arange(rows) * cell)
         covered = np.zeros((rows, columns, len(things)))  # of each cell or thing, whichever is smaller
+        reach = np.zeros((rows, columns, len(things) + 1, 4), dtype=np.float32)
         for i, thing in enumerate(things):
             x1, y1, x2, y2 = (at * scale * picture.size[k % 2] / (scene.width, scene.height)[k % 2] + corner[k % 2]
                               for k, at in enumerate(thing.box))  # fmt: skip
             across = (np.minimum(left + cell, x2) - np.maximum(left, x1)).clip(0)
             down = (np.minimum(top + cell, y2) - np.maximum(top, y1)).clip(0)
             covered[..., i] = across * down / min(cell * cell, (x2 - x1) * (y2 - y1))
+            for k, (edge, near) in enumerate(zip((x1, y1, x2, y2), (left, top, left, top))):
+                tile = near // side * side
+                reach[..., i, k] = (np.clip(edge, tile, tile + side) - near) / cell - 0.5
         which = np.full((rows, columns), len(things))
         unclear = np.zeros((rows, columns), dtype=bool)
         if things:
@@ -351,9 +358,15 @@ def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> Te
             inside = (place >= 0) & (place <= COORDINATES)
             ids = number_ids(processor)[place.clamp(0, COORDINATES)]
             grid[..., FIELDS.index("across") + k] = torch.where(inside, ids, IGNORED)
-        newlines = torch.full((rows, 1, len(FIELDS)), IGNORED)
-        labels.append(torch.cat((grid, newlines), dim=1).flatten(0, 1))
-    return torch.cat((labels[0], torch.full((1, len(FIELDS)), IGNORED), labels[1]))
+        at = torch.from_numpy(np.take_along_axis(reach, which[..., None, None], axis=2)[:, :, 0])
+        at[torch.from_numpy(unclear)] = 0
+        labels.append(F.pad(grid, (0, 0, 0, 1), value=IGNORED).flatten(0, 1))  # with a newline at each row's end
+        reaches.append(F.pad(at, (0, 0, 0, 1)).flatten(0, 1))
+    # and the separator between the views
+    return (
+        torch.cat((F.pad(labels[0], (0, 0, 0, 1), value=IGNORED), labels[1])),
+        torch.cat((F.pad(reaches[0], (0, 0, 0, 1)), reaches[1])),
+    )
 
 
 def letter_labels(scene: Scene, picture: Image.Image, processor: Processor, patches: int) -> Tensor:
