@@ -36,7 +36,7 @@ PAINTS = {
 SIDES = (64, 2000)  # of a canvas, in pixels
 LEAST_CONTRAST = 95  # between a shape's colour and the ground, as a distance in RGB
 RADII = {"small": (0.045, 0.082), "large": (0.112, 0.17)}  # of the canvas' longest side
-HUGE = 0.36  # the largest radius of a shape that is alone
+HUGE = 0.32  # the largest radius of a shape that is alone
 MARGIN = 0.1  # of a ninth: so near to its edge no shape's middle stands
 BOARD = Path(__file__).parent / "images" / "board.jpg"
 SEEN = 0.6  # of the photograph's width, from the left: what training sees of it
@@ -78,7 +78,7 @@ def random_paint(rng: Random, color: str) -> tuple[int, ...]:
 def random_size(rng: Random, alone: bool) -> tuple[str, float]:
     size = rng.choice(tuple(RADII))
     least, most = RADII[size]
-    return size, rng.uniform(least, HUGE if alone and size == "large" and rng.random() < 0.5 else most)
+    return size, rng.uniform(least, HUGE if alone and size == "large" and rng.random() < 0.4 else most)
 
 
 def place(rng: Random, cell: int, width: int, height: int, radius: float) -> tuple[float, float] | None:
@@ -233,16 +233,16 @@ TASKS = ("describe", "describe", "color", "count", "position", "relation", "text
 
 
 def drawing_chat(rng: Random) -> tuple[Scene, list[dict]]:
-    """A scene and a conversation for training: two in five of usual scenes, two of drawings, one of no shapes."""
+    """A scene and a conversation for training: three in ten of usual scenes, more of drawings, some of no shapes."""
     choice = rng.random()
-    if choice < 0.4:
+    if choice < 0.3:
         scene = random_scene(rng)
         return scene, talk(scene, draw(scene), rng, scenes.TASKS, turns=4, describe_ends=False)
-    if choice < 0.8:
-        drawing = random_drawing(rng, (1, 1) if choice < 0.55 else (2, 4))
+    if choice < 0.87:
+        drawing = random_drawing(rng, (1, 1) if choice < 0.45 else (2, 4))
         return drawing, talk(drawing, paint(drawing), rng, TASKS, turns=4, describe_ends=False)
     scene, picture = random_emptiness(rng)
-    return scene, talk(scene, picture, rng, ("describe", "count"), 1 + (choice < 0.9), describe_ends=False)
+    return scene, talk(scene, picture, rng, ("describe", "count"), 1 + (choice < 0.92), describe_ends=False)
 
 
 def on_the_square(drawing: Drawing) -> Scene:

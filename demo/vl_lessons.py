@@ -1,4 +1,4 @@
-"""How the DeepSeek-VL demo is trained, in seven stages.
+"""How the DeepSeek-VL demo is trained, in eight stages.
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
 them; the first two stages stand in for that:
@@ -12,6 +12,7 @@ them; the first two stages stand in for that:
     practice  stage 3 a little longer, with more to count.
     drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
               colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
+    canvases  the same, longer and at a higher rate.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.
@@ -35,7 +36,8 @@ from processor import Processor
 
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
-ALSO = (*DRAWINGS, "no shapes")  # measured in the stage "drawings"
+DRAWN = ("drawings", "canvases")
+ALSO = (*DRAWINGS, "no shapes")  # measured in these stages
 
 
 def conversation(stage: Stage, rng: Random) -> list[dict]:
@@ -55,6 +57,7 @@ class VLLessons(Lessons):
         Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
         Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
         Stage("drawings", 320, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
+        Stage("canvases", 1000, 16, 1.5e-3, ("vision", "aligner", "language", "lm_head"), heads=True),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
@@ -69,7 +72,7 @@ class VLLessons(Lessons):
             scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
             pixels = [processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes]
             batch = {"pixel_values": torch.cat(pixels)}
-        elif stage.name == "drawings":
+        elif stage.name in DRAWN:
             scenes, talks = zip(*map(drawing_chat, rngs))
             scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
             batch = processor(list(talks), labels=True)
@@ -91,10 +94,10 @@ class VLLessons(Lessons):
                 answers = 0.0
             else:
                 answers = model(**{key: value for key, value in batch.items() if key not in ("cells", "letters")}).loss
-        return answers + (0.3 if stage.name == "drawings" else 1) * self.towers(kept["patches"], *kept["towers"], batch)
+        return answers + (0.3 if stage.name in DRAWN else 1) * self.towers(kept["patches"], *kept["towers"], batch)
 
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
         if stage.name == "towers":
             return self.towers.scores(model.vision, batch)
-        tasks, pictures = (*TASKS, *ALSO) if stage.name == "drawings" else TASKS, stage.name != "language"
+        tasks, pictures = (*TASKS, *ALSO) if stage.name in DRAWN else TASKS, stage.name != "language"
         return accuracy(model, processor, stage.held_out, tasks, pictures, split="held-out")
