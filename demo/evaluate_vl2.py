@@ -31,7 +31,7 @@ def exam(task: str, scenes: int, split: str = "test") -> list[tuple[list[dict], 
         while found is None:
             if task == "no shapes":
                 _, picture = random_emptiness(rng, held_out=True)
-                found = ask(Scene((), None, 1, 1, 1, (0, 0, 0), 0, False, 0), "describe", rng)
+                found = ask(Scene((), (), 1, 1, 1, (0, 0, 0), 0, False, 0), "describe", rng)
             else:
                 scene = random_scene(rng, sign={"text": True, "no text": False}.get(task))
                 picture, found = draw(scene), ask(scene, task.removeprefix("no "), rng)

@@ -21,7 +21,7 @@ from empty_vl2 import write_empty_vl2
 from evaluate_vl2 import MEASURED, accuracy
 from stages import Lessons, Stage, outputs, start_small
 from torch import Tensor, nn
-from vl2_scenes import FIELDS, IGNORED, LETTERS, chat, letter_labels, number_ids, token_labels, word_id
+from vl2_scenes import FIELDS, IGNORED, LETTERS, chat, draw, letter_labels, number_ids, random_scene, token_labels, word_id
 
 from model import DeepseekVL, ModelConfig, Router
 from processor import COORDINATES, Processor
@@ -67,8 +67,8 @@ class Balance:
 
 class VL2Lessons(Lessons):
     stages = (
-        Stage("towers", 1200, 16, 3e-3, ("vision", "aligner", "lm_head"), 0, heads=True),
-        Stage("look", 200, 16, 2e-3, EVERYTHING, 0, heads=True),
+        Stage("towers", 1800, 16, 3e-3, ("vision", "aligner", "lm_head"), 0, heads=True),
+        Stage("look", 150, 16, 2e-3, EVERYTHING, 0, heads=True),
         Stage("joint", 1300, 16, 2e-3, EVERYTHING, 24, heads=True),
         Stage("answers", 100, 16, 5e-4, EVERYTHING, 50),
     )
@@ -100,17 +100,19 @@ class VL2Lessons(Lessons):
 
     @staticmethod
     def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
-        silent = stage.name in ("towers", "look")
-        found = [chat(rng, ("describe",), 1) if silent else chat(rng) for rng in rngs]
-        if silent:  # only the picture: the answer comes after all that is asked
-            batch = processor([messages[:1] for *_, messages in found])
+        if stage.name in ("towers", "look"):  # only pictures, and what one can see there
+            scenes = [random_scene(rng, crowded=stage.name == "towers") for rng in rngs]
+            found = [(scene, draw(scene)) for scene in scenes]
+            batch = processor([[{"role": "user", "content": "", "images": [picture]}] for _, picture in found])
         else:
+            found = [chat(rng) for rng in rngs]
             batch = processor([messages for *_, messages in found], labels=True)
+            found = [pair for *pair, _ in found]
         if stage.name != "answers":
             patches = processor.pixels.side // 6
-            seen, reach = zip(*(token_labels(*pair, processor) for *pair, _ in found))
+            seen, reach = zip(*(token_labels(*pair, processor) for pair in found))
             batch |= {"seen": torch.cat(seen), "reach": torch.cat(reach)}
-            batch["letters"] = torch.cat([letter_labels(*pair, processor, patches) for *pair, _ in found])
+            batch["letters"] = torch.cat([letter_labels(*pair, processor, patches) for pair in found])
         return batch
 
     def see(self, model: DeepseekVL, batch: dict[str, Tensor], patches: Tensor, tokens: Tensor, fields: Sequence[str]):

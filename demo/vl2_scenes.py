@@ -68,7 +68,7 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     shapes: tuple[Thing, ...]  # from left to right, or in a tall picture from top to bottom
-    sign: Thing | None
+    signs: tuple[Thing, ...]  # one at most, but where the scene is crowded
     width: float
     height: float
     scale: float  # pixels of the picture for one of a tile
@@ -83,8 +83,12 @@ class Scene:
         return round(self.width * self.scale), round(self.height * self.scale)
 
     @property
+    def sign(self) -> Thing | None:
+        return self.signs[0] if self.signs else None
+
+    @property
     def things(self) -> tuple[Thing, ...]:
-        return self.shapes + ((self.sign,) if self.sign else ())
+        return self.shapes + self.signs
 
     @property
     def is_tall(self) -> bool:
@@ -124,43 +128,52 @@ def random_sign(rng: Random, width: float, height: float) -> Thing:
     return Thing("sign", rng.choice(("light", "dark")), "", (x, y, x + wide, y + high), (), text)
 
 
-def apart(thing: Thing, others: list[Thing], axis: int) -> bool:
+def apart(thing: Thing, others: list[Thing], axis: int | None) -> bool:
     """Whether a thing covers no other, and no two shapes stand side by side where one must come first."""
     gap = 3
     for other in others:
         a, b = thing.box, other.box
         if a[0] - gap < b[2] and b[0] - gap < a[2] and a[1] - gap < b[3] and b[1] - gap < a[3]:
             return False
-        if "sign" not in (thing.kind, other.kind) and abs(thing.middle[axis] - other.middle[axis]) < 6:
+        if axis is not None and "sign" not in (thing.kind, other.kind) and abs(thing.middle[axis] - other.middle[axis]) < 6:
             return False
     return True
 
 
-def random_scene(rng: Random, sign: bool | None = None) -> Scene:
-    """A scene; only pictures of three or four tiles in a row have signs, by default three in four of them."""
+def random_scene(rng: Random, sign: bool | None = None, crowded: bool = False) -> Scene:
+    """A scene; only pictures of three or four tiles in a row have a sign, by default three in four of them.
+
+    A crowded one has up to three shapes a tile, and signs anywhere: much to see for few pixels.
+    """
     while True:
         wide, high = rng.choice(DRAWN)
         shrink = 1 if rng.random() < 0.7 else rng.uniform(0.9, 1)
         width, height = (wide * TILE, high * TILE * shrink) if wide >= high else (wide * TILE * shrink, high * TILE)
-        has_sign = max(wide, high) > 2 and rng.random() < 0.75
-        if sign is None or sign == has_sign:
+        n_signs = int(max(wide, high) > 2 and rng.random() < 0.75)
+        if sign is None or sign == bool(n_signs):
             break
     ground = random_ground(rng)
     colors = [color for color in COLORS if min(contrast(paint, ground) for paint in PAINTS[color]) > LEAST_CONTRAST]
     n_shapes = rng.randint(1, MOST_SHAPES[wide * high])
-    things: list[Thing] = [random_sign(rng, width, height)] if has_sign else []
+    if crowded:
+        n_shapes, n_signs = 3 * wide * high, rng.randint(1, 4)
+    signs: list[Thing] = []
+    shapes: list[Thing] = []
     for _ in range(200):
-        if len(things) == n_shapes + has_sign:
+        if len(signs) < n_signs:
+            found, kept = random_sign(rng, width, height), signs
+        elif len(shapes) < n_shapes:
+            found, kept = random_shape(rng, width, height, colors), shapes
+        else:
             break
-        shape = random_shape(rng, width, height, colors)
-        inside = min(shape.box) > 0 and shape.box[2] < width and shape.box[3] < height
-        if inside and shape.name not in {thing.name for thing in things} and apart(shape, things, height > width):
-            things.append(shape)
-    shapes = sorted(things[has_sign:], key=lambda shape: shape.middle[height > width])
+        inside = min(found.box) >= 0 and found.box[2] <= width and found.box[3] <= height
+        known = not crowded and found.kind != "sign" and found.name in {shape.name for shape in shapes}
+        if inside and not known and apart(found, signs + shapes, None if crowded else int(height > width)):
+            kept.append(found)
+    shapes.sort(key=lambda shape: shape.middle[height > width])
     noise = rng.uniform(0, 20) if rng.random() < 0.4 else 0.0
-    scale, smooth = math.exp(rng.uniform(0, math.log(4))), rng.random() < 0.5
-    found = things[0] if has_sign else None
-    return Scene(tuple(shapes), found, width, height, scale, ground, noise, smooth, rng.randrange(2**31))
+    scale, smooth, seed = math.exp(rng.uniform(0, math.log(4))), rng.random() < 0.5, rng.randrange(2**31)
+    return Scene(tuple(shapes), tuple(signs), width, height, scale, ground, noise, smooth, seed)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -176,13 +189,13 @@ def draw(scene: Scene) -> Image.Image:
             pen.polygon([(x * across, y * down) for x, y in shape.outline], fill=color)
         else:
             pen.ellipse([at * (across, down)[i % 2] for i, at in enumerate(shape.box)], fill=color)
-    if scene.sign:
-        paper, ink = ((238, 236, 226), (20, 20, 24)) if scene.sign.color == "light" else ((30, 34, 44), (245, 245, 240))
-        box = [at * (across, down)[i % 2] for i, at in enumerate(scene.sign.box)]
+    for sign in scene.signs:
+        paper, ink = ((238, 236, 226), (20, 20, 24)) if sign.color == "light" else ((30, 34, 44), (245, 245, 240))
+        box = [at * (across, down)[i % 2] for i, at in enumerate(sign.box)]
         pen.rectangle(box, fill=paper, outline=ink)
         middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         size = round(FONT_SIZE * across)
-        pen.text(middle, scene.sign.text, fill=ink, font=font(size), anchor="mm")
+        pen.text(middle, sign.text, fill=ink, font=font(size), anchor="mm")
     picture = picture.reduce(finer) if finer > 1 else picture
     return add_noise(picture, np.random.default_rng(scene.seed), scene.noise)
 
@@ -267,7 +280,7 @@ def chat(
     """A scene, its picture and a conversation about it; with the chance `emptiness` there are no shapes."""
     if rng.random() < emptiness:
         _, picture = random_emptiness(rng)
-        scene = Scene((), None, *picture.size, 1, (0, 0, 0), 0, False, 0)
+        scene = Scene((), (), *picture.size, 1, (0, 0, 0), 0, False, 0)
         tasks = ("describe", "count")
     else:
         scene = random_scene(rng)
@@ -322,7 +335,8 @@ def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> tu
         if thing.kind == "sign":
             found["text"] = thing.text
         else:
-            found |= {"color": thing.color, "size": thing.size, "rank": NUMBERS[i + 1]}
+            found |= {"color": thing.color, "size": thing.size}
+            found |= {"rank": NUMBERS[i + 1]} if i + 1 < len(NUMBERS) else {}
         for field, word in found.items():
             words[i, FIELDS.index(field)] = word_id(processor, word)
     words[-1, 0] = word_id(processor, "\n")  # nothing
@@ -377,16 +391,15 @@ def letter_labels(scene: Scene, picture: Image.Image, processor: Processor, patc
     (wide, high), scale, corner = views(picture.size, processor)[1]
     side = processor.pixels.side
     grid = torch.zeros(high // side * patches, wide // side * patches, dtype=torch.long)
-    if scene.sign:
-        text, own = scene.sign.text, font(FONT_SIZE)
+    for sign in scene.signs:
+        text, own = sign.text, font(FONT_SIZE)
         edges = [own.getlength(text[:i]) for i in range(len(text) + 1)]
-        x, y = scene.sign.middle
         for letter, a, b in zip(text, edges, edges[1:]):
-            point = x + (a + b - edges[-1]) / 2, y
-            at = [
+            point = sign.middle[0] + (a + b - edges[-1]) / 2, sign.middle[1]
+            column, row = (
                 int((value * scale * picture.size[k] / (scene.width, scene.height)[k] + corner[k]) * patches / side)
                 for k, value in enumerate(point)
-            ]
-            grid[min(at[1], len(grid) - 1), min(at[0], grid.shape[1] - 1)] = LETTERS.index(letter)
+            )
+            grid[min(row, len(grid) - 1), min(column, grid.shape[1] - 1)] = LETTERS.index(letter)
     tiles = grid.view(high // side, patches, wide // side, patches).transpose(1, 2).reshape(-1, patches**2)
     return torch.cat((torch.full((1, patches**2), IGNORED), tiles))

@@ -31,7 +31,7 @@ def checkpoint():
 
 def test_a_box_is_where_the_picture_shows_the_shape():
     for seed in range(60):
-        scene = replace(vl2_scenes.random_scene(Random(seed)), noise=0.0, sign=None)
+        scene = replace(vl2_scenes.random_scene(Random(seed)), noise=0.0, signs=())
         for shape in scene.shapes:
             one = replace(scene, shapes=(shape,))
             shown = (np.asarray(vl2_scenes.draw(one), dtype=int) != scene.ground).any(-1)
