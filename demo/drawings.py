@@ -19,7 +19,17 @@ import numpy as np
 import scenes
 from PIL import Image, ImageDraw
 from scenes import (
-    BACKGROUNDS, CELL, COLORS, KINDS, SIDE, Scene, Shape, draw, draw_background, random_scene, talk,
+    BACKGROUNDS,
+    CELL,
+    COLORS,
+    KINDS,
+    SIDE,
+    Scene,
+    Shape,
+    draw,
+    draw_background,
+    random_scene,
+    talk,
 )  # fmt: skip
 
 # As Pillow and paint programs name them; each is moved a little.

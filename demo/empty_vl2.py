@@ -85,7 +85,11 @@ def write_empty_vl2(folder: Path) -> None:
     """Everything but the weights: the files of DeepSeek-VL2 (base), with small sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     special = write_tokenizer(folder)
-    language = {"architectures": ["DeepseekV2ForCausalLM"], "bos_token_id": special[BEGIN], "eos_token_id": special[END]}
+    language = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "bos_token_id": special[BEGIN],
+        "eos_token_id": special[END],
+    }
     language |= {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5, "num_attention_heads": 4}
     language |= {"num_key_value_heads": 4, "vocab_size": max(special.values()) + 1, "max_position_embeddings": 1024}
     language |= {"torch_dtype": "float16", "use_mla": True, "kv_lora_rank": 64, "q_lora_rank": None}

@@ -1,7 +1,7 @@
 """Draw the README's figures of both demos: a scene as each tower sees it, the training curves, the experts' load.
 
-python demo/figures.py      writes resolutions.png, training.png, training_vl2.png and experts.png in demo, and the scenes
-                            in demo/images
+python demo/figures.py      writes resolutions.png, training.png, training_vl2.png and experts.png in demo, and the
+                            scenes in demo/images
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def read_history(file: Path) -> Curves:
     """Of a history.csv; the loss is over its highest in the stage."""
     rows = list(csv.DictReader(file.open()))
     stages, clock = [], 0.0
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in rows[0] if name not in ("stage", "step", "seconds")}
+    points: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in rows[0] if name not in ("stage", "step", "seconds")
+    }
     for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
         highest = max(float(row["loss"]) for row in own)

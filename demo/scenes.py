@@ -5,9 +5,9 @@
     ask(scene, "position", random.Random(7))    ("Where is the red circle?", "The red circle is in the top left.")
     chat(random.Random(7))                      a conversation for processor.Processor, as for training
 
-`drawings.py` makes pictures as people draw them. Here a picture has nine cells, three by three. One to four of them hold a shape, off centre and sometimes
-reaching over a neighbour; one may hold a sign with a word or a number, in letters of about eight
-pixels. SAM sees the picture as it is; SigLIP sees it at 30 pixels, where they are two pixels high.
+`drawings.py` makes pictures as people draw them. Here a picture has nine cells, three by three. One to four of them
+hold a shape, off centre and sometimes reaching over a neighbour; one may hold a sign with a word or a number, in
+letters of about eight pixels. SAM sees the picture as it is; SigLIP sees it at 30 pixels, where letters are two high.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class Run:
         """What `save` wrote."""
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
-            missing = {"model", "lessons", "optimizers", "stage", "step", "seconds", "seed", "kind", "lines"} - set(state)
+            needed = {"model", "lessons", "optimizers", "stage", "step", "seconds", "seed", "kind", "lines"}
+            missing = needed - set(state)
         except (UnpicklingError, EOFError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.file}: not a run that this program saved ({type(error).__name__})") from error
         if missing:
@@ -115,7 +116,8 @@ class Run:
         print(f"{stage.name:9} {self.step:5}/{stage.steps}  {spent}  loss {loss:.4f}{told}", flush=True)
         with self.history.open("a") as file:
             row = [stage.name, self.step, round(self.seconds), f"{loss:.4f}"]
-            csv.writer(file, lineterminator="\n").writerow(row + [scores.get(name, "") for name in self.lessons.measures])
+            row += [scores.get(name, "") for name in self.lessons.measures]
+            csv.writer(file, lineterminator="\n").writerow(row)
 
     def batches(self, stage: Stage, seed: int | str, first: int) -> Batches:
         return Batches(type(self.lessons), stage, self.folder, seed, first)

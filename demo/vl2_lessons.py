@@ -1,12 +1,12 @@
 """How the DeepSeek-VL2 demo is trained: what its picture's tokens must know, and how its experts are kept busy.
 
-    towers  SigLIP and the aligner alone, in place of SigLIP's pretraining: each token of a tile says, in words of the
-            vocabulary, what stands there (kind, colour, size, a sign's text), and how far it reaches; each patch says
-            its letter. All through linear layers that are thrown away.
-    look    the decoder's first layers too: where in the picture is it? Each token says also the four numbers of its
-            thing's box, its own place, and the how-manieth thing it is.
-    joint   everything, on conversations: the loss on answers, and half of what `look` asks.
-    answers everything, on answers alone.
+towers  SigLIP and the aligner alone, in place of SigLIP's pretraining: each token of a tile says, in words of the
+        vocabulary, what stands there (kind, colour, size, a sign's text), and how far it reaches; each patch says
+        its letter. All through linear layers that are thrown away.
+look    the decoder's first layers too: where in the picture is it? Each token says also the four numbers of its
+        thing's box, its own place, and the how-manieth thing it is.
+joint   everything, on conversations: the loss on answers, and half of what `look` asks.
+answers everything, on answers alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from empty_vl2 import write_empty_vl2
 from evaluate_vl2 import MEASURED, accuracy
 from stages import Lessons, Stage, outputs, start_small
 from torch import Tensor, nn
-from vl2_scenes import FIELDS, IGNORED, LETTERS, chat, draw, letter_labels, number_ids, random_scene, token_labels, word_id
+from vl2_scenes import (
+    FIELDS,
+    IGNORED,
+    LETTERS,
+    chat,
+    draw,
+    letter_labels,
+    number_ids,
+    random_scene,
+    token_labels,
+    word_id,
+)
 
 from model import DeepseekVL, ModelConfig, Router
 from processor import COORDINATES, Processor

@@ -20,7 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from drawings import (
-    LEAST_CONTRAST, PAINTS, add_noise, contrast, random_emptiness, random_ground, random_paint,
+    LEAST_CONTRAST,
+    PAINTS,
+    add_noise,
+    contrast,
+    random_emptiness,
+    random_ground,
+    random_paint,
 )  # fmt: skip
 from PIL import Image, ImageDraw, ImageFont
 from scenes import COLORS, KINDS, WORDS, listing
@@ -135,7 +141,11 @@ def apart(thing: Thing, others: list[Thing], axis: int | None) -> bool:
         a, b = thing.box, other.box
         if a[0] - gap < b[2] and b[0] - gap < a[2] and a[1] - gap < b[3] and b[1] - gap < a[3]:
             return False
-        if axis is not None and "sign" not in (thing.kind, other.kind) and abs(thing.middle[axis] - other.middle[axis]) < 6:
+        if (
+            axis is not None
+            and "sign" not in (thing.kind, other.kind)
+            and abs(thing.middle[axis] - other.middle[axis]) < 6
+        ):
             return False
     return True
 
@@ -368,7 +378,11 @@ def token_labels(scene: Scene, picture: Image.Image, processor: Processor) -> tu
         grid = words[torch.from_numpy(which)]
         grid[torch.from_numpy(unclear)] = IGNORED
         for k, edges in enumerate((left, top)):
-            place = torch.from_numpy((edges + cell / 2 - corner[k]) / (scale * picture.size[k]) * COORDINATES).round().long()
+            place = (
+                torch.from_numpy((edges + cell / 2 - corner[k]) / (scale * picture.size[k]) * COORDINATES)
+                .round()
+                .long()
+            )
             inside = (place >= 0) & (place <= COORDINATES)
             ids = number_ids(processor)[place.clamp(0, COORDINATES)]
             grid[..., FIELDS.index("across") + k] = torch.where(inside, ids, IGNORED)

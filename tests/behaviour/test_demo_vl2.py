@@ -16,6 +16,7 @@ sys.path.insert(0, str(DEMO))
 import evaluate_vl2  # noqa: E402
 import vl2_lessons  # noqa: E402
 import vl2_scenes  # noqa: E402
+from figures import WIDE  # noqa: E402
 
 from load_weights import load_model  # noqa: E402
 from model import ExpertsConfig, LanguageConfig, Router  # noqa: E402
@@ -27,6 +28,34 @@ CHECKPOINT = DEMO / "vl2"
 @pytest.fixture(scope="module")
 def checkpoint():
     return load_model(CHECKPOINT, dtype=torch.float32), Processor(CHECKPOINT)
+
+
+# What 60 fixed scenes must at least give: below the figures of 500 in the README.
+LEAST = {"describe": 0.8, "color": 0.8, "count": 0.8, "text": 0.8, "ground": 0.8, "box overlap": 0.7}
+
+
+def test_a_small_checkpoint_answers_on_fresh_scenes(checkpoint):
+    both = [sum(file.stat().st_size for file in (DEMO / name).iterdir()) for name in ("vl2", "checkpoint")]
+    assert sum(both) <= 20_000_000 and sum(p.numel() for p in checkpoint[0].parameters()) <= 6_000_000
+    with evaluate_vl2.expert_load(checkpoint[0]) as load:
+        shares = evaluate_vl2.accuracy(*checkpoint, scenes=60, tasks=("describe", "color", "count", "text", "ground"))
+    assert all(shares[task] >= least for task, least in LEAST.items()), shares
+    assert all(counts.min() > counts.mean() / 3 for counts in load.values()), load
+
+
+def test_small_text_needs_the_local_view(checkpoint):
+    assert evaluate_vl2.accuracy(*checkpoint, scenes=40, tasks=["text"], local_view=False)["text"] < 0.1
+
+
+def test_the_command_draws_the_boxes_it_found(tmp_path):
+    command = ["--model", CHECKPOINT, "--image", DEMO / "images" / "wide.png", "--boxes", tmp_path / "found.png"]
+    result = run(ROOT / "generate.py", *command, "--prompt", "<|ref|>the red circle<|/ref|>", "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    scene = vl2_scenes.random_scene(Random(WIDE))
+    (shape,) = (shape for shape in scene.shapes if shape.name == "red circle")
+    right = vl2_scenes.located("the red circle", [shape], scene)
+    (answer,) = re.findall(r"<\|ref\|>.*<\|/det\|>", result.stdout)
+    assert min(evaluate_vl2.overlaps(answer, right)) > 0.6 and (tmp_path / "found.png").exists()
 
 
 def test_a_box_is_where_the_picture_shows_the_shape():
@@ -82,9 +111,9 @@ def test_labels_of_tokens_tell_the_box_of_what_is_there():
     for seed in range(20):
         scene = vl2_scenes.random_scene(Random(seed))
         picture = vl2_scenes.draw(scene)
-        labels = vl2_scenes.token_labels(scene, picture, processor)
+        labels, reach = vl2_scenes.token_labels(scene, picture, processor)
         tokens, letters = processor.image_tokens(picture.size), vl2_scenes.letter_labels(scene, picture, processor, 8)
-        assert labels.shape == (tokens, len(vl2_scenes.FIELDS))
+        assert reach.shape == (tokens, 4) and labels.shape == (tokens, len(vl2_scenes.FIELDS))
         told = {tuple(number[int(id)] for id in row[3:7]) for row in labels if row[3] != vl2_scenes.IGNORED}
         assert told == {tuple(vl2_scenes.thousandths(thing, scene)) for thing in scene.things}
         spelled = [vl2_scenes.LETTERS[i] for i in letters[1:].flatten() if i > 0]
