@@ -24,7 +24,7 @@ class Stage:
     batch: int  # pictures or conversations a step
     rate: float  # learning rate: rises over WARMUP steps, below a cosine from this down to a twentieth
     learns: tuple[str, ...]  # parts of the model, by the beginnings of their parameters' names
-    held_out: int = 50  # questions of each kind that are asked every CHECK_EVERY steps and at the end; 0: none
+    held_out: int = 50  # questions of each kind, asked every CHECK_EVERY steps and at the end; 0: nothing is measured
     heads: bool = False  # whether the lessons' own layers learn too
 
 

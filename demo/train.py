@@ -196,7 +196,7 @@ def train_stage(run: Run, stage: Stage, limits: Limits) -> None:
         ends, stops = run.step == stage.steps, limits.reached
         if run.step % REPORT_EVERY == 0 or ends or stops:
             measured = run.step % CHECK_EVERY == 0 or ends
-            scores = run.scores(stage) if measured and (stage.heads or stage.held_out) else {}
+            scores = run.scores(stage) if measured and stage.held_out else {}
             run.report(stage, torch.stack(losses).mean().item(), scores)
             losses.clear()
         if now - saved > SAVE_SECONDS or ends or stops:
