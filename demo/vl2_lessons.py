@@ -79,7 +79,7 @@ class Balance:
 class VL2Lessons(Lessons):
     stages = (
         Stage("towers", 1800, 16, 3e-3, ("vision", "aligner", "lm_head"), heads=True),
-        Stage("look", 150, 16, 2e-3, EVERYTHING, heads=True),
+        Stage("look", 300, 16, 2.5e-3, EVERYTHING, heads=True),
         Stage("joint", 1300, 16, 2e-3, EVERYTHING, 24, heads=True),
         Stage("answers", 100, 16, 5e-4, EVERYTHING, 50),
     )
