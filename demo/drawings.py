@@ -104,7 +104,10 @@ def place(rng: Random, cell: int, width: int, height: int, radius: float) -> tup
 
 
 def random_drawing(rng: Random, shapes: tuple[int, int] = (1, 4)) -> Drawing:
-    """A drawing with that many shapes (least, most). No shape has its ground's colour, and none covers another."""
+    """A drawing with that many shapes (least, most; fewer where there is no room).
+
+    No shape has its ground's colour, and none covers another.
+    """
     longest, n_shapes = random_side(rng), rng.randint(*shapes)
     sides = [longest, max(SIDES[0], round(longest * (1 if rng.random() < 0.65 else rng.uniform(0.6, 1))))]
     rng.shuffle(sides)
@@ -113,7 +116,9 @@ def random_drawing(rng: Random, shapes: tuple[int, int] = (1, 4)) -> Drawing:
     visible = [color for color in COLORS if min(contrast(paint, ground) for paint in PAINTS[color]) > LEAST_CONTRAST]
     turned = rng.random() < 0.5
     found: list[Shape] = []
-    while len(found) < n_shapes:
+    for _ in range(400):
+        if len(found) == n_shapes:
+            break
         kind, color, cell = rng.choice(KINDS), rng.choice(visible), rng.randrange(9)
         size, share = random_size(rng, n_shapes == 1)
         radius = share * max(width, height)

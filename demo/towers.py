@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from empty_checkpoint import SAM_PATCH
-from scenes import COLORS, KINDS, RADII, SIDE, Scene, letters
+from scenes import COLORS, KINDS, RADII, SIDE, Scene, letters, plate
 from torch import Tensor, nn
 
 from vision import HybridConfig, HybridTower
@@ -42,12 +42,32 @@ def letter_map(scene: Scene, grid: int = SIDE // SAM_PATCH) -> Tensor:
     return labels.flatten()
 
 
+def shape_map(scene: Scene, grid: int = SIDE // SAM_PATCH) -> Tensor:
+    """For each patch of SAM's grid what it shows: content, colour and size of a shape, int64 (grid * grid, 3).
+
+    Patches at a shape's edge are ignored.
+    """
+    labels = torch.full((grid, grid, 3), IGNORED)
+    labels[..., 0] = 0
+    middles = (torch.arange(grid) + 0.5) * SIDE / grid
+    for sign in scene.signs:
+        left, top, right, bottom = plate(sign)
+        across, down = ((middles > low - 4) & (middles < high + 4) for low, high in ((left, right), (top, bottom)))
+        labels[down[:, None] & across, 0] = CONTENTS.index("sign")
+    for shape in scene.shapes:
+        distance = ((middles[:, None] - shape.y) ** 2 + (middles - shape.x) ** 2).sqrt()
+        labels[(distance < shape.radius + 6) & (labels[..., 1] == IGNORED), 0] = IGNORED
+        found = 1 + KINDS.index(shape.kind), list(COLORS).index(shape.color), list(RADII).index(shape.size)
+        labels[distance < max(0.8 * shape.radius, SIDE / grid)] = torch.tensor(found)
+    return labels.flatten(0, 1)
+
+
 class TowerLoss(nn.Module):
     """Linear layers on the towers' outputs, and what they are asked. None of this is kept.
 
     On each token, one for each ninth of the picture: what is in it, and where is it, so that a language model can tell
     places apart? On each patch after SAM's last block, in the place of the segmentation that it was trained for:
-    which letter is here?
+    which shape or letter is here?
     """
 
     def __init__(self, config: HybridConfig):
@@ -57,6 +77,7 @@ class TowerLoss(nn.Module):
         self.low = nn.ModuleList(nn.Linear(config.low.width, n) for n in choices[:3])
         widths = config.high.downsample_channels[-1], config.low.width
         self.place = nn.ModuleList(nn.Linear(width, config.low.grid**2) for width in widths)
+        self.shape = nn.ModuleList(nn.Linear(config.high.width, n) for n in choices[:3])
         self.letter = nn.Linear(config.high.width, len(LETTERS))
         self.register_buffer("rarity", torch.tensor([0.1] + [1.0] * (len(LETTERS) - 1)))
 
@@ -69,6 +90,13 @@ class TowerLoss(nn.Module):
         letter_labels = batch["letters"].to(self.rarity.device).flatten()
         loss = F.cross_entropy(self.letter(patches).flatten(0, 2), letter_labels, self.rarity)
         labels = batch["cells"].to(self.rarity.device)
+        shown, flat = batch["shapes"].to(self.rarity.device), patches.flatten(0, 2)
+        rare = torch.tensor([0.2] + [1.0] * (len(CONTENTS) - 1), device=flat.device)
+        for i, head in enumerate(self.shape):
+            right = shown[..., i].flatten()
+            if (right != IGNORED).any():
+                weight = rare if i == 0 else None
+                loss = loss + F.cross_entropy(head(flat), right, weight, ignore_index=IGNORED)
         for heads, place, tokens in zip((self.high, self.low), self.place, (high, low)):
             here = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
             loss = loss + F.cross_entropy(place(tokens).flatten(0, 1), here)

@@ -12,7 +12,7 @@ them; the first two stages stand in for that:
     practice  stage 3 a little longer, with more to count.
     drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
               colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
-    canvases  the same, longer and at a higher rate.
+    canvases  the same, longer and at a higher rate; every other batch is of crowded drawings, for the towers alone.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.
@@ -23,19 +23,20 @@ from __future__ import annotations
 from random import Random
 
 import torch
-from drawings import Drawing, drawing_chat, on_the_square
+from drawings import Drawing, drawing_chat, on_the_square, paint, random_drawing
 from empty_checkpoint import write_empty_checkpoint
 from evaluate import DRAWINGS, accuracy
 from scenes import TASKS, chat, draw, random_scene
 from stages import Lessons, Stage, outputs, start_small
 from torch import Tensor, nn
-from towers import TowerLoss, letter_map, ninths
+from towers import TowerLoss, letter_map, ninths, shape_map
 
 from model import DeepseekVL, ModelConfig
 from processor import Processor
 
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
+LABELS = ("cells", "letters", "shapes")
 DRAWN = ("drawings", "canvases")
 ALSO = (*DRAWINGS, "no shapes")  # measured in these stages
 
@@ -57,7 +58,7 @@ class VLLessons(Lessons):
         Stage("chat", 1200, 16, 1e-3, ("vision.low", "aligner", "language", "lm_head")),
         Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
         Stage("drawings", 320, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
-        Stage("canvases", 1000, 16, 1.5e-3, ("vision", "aligner", "language", "lm_head"), heads=True),
+        Stage("canvases", 1400, 16, 1.5e-3, ("vision", "aligner", "language", "lm_head"), heads=True),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
@@ -72,14 +73,18 @@ class VLLessons(Lessons):
             scenes = [random_scene(rng, shapes=(1, 4), signs=(2, 5)) for rng in rngs]
             pixels = [processor.image_inputs(draw(scene))[0]["pixel_values"] for scene in scenes]
             batch = {"pixel_values": torch.cat(pixels)}
+        elif stage.name == "canvases" and rngs[0].random() < 0.5:  # for the towers alone: much to see in each picture
+            drawings = [random_drawing(rng, (5, 8)) for rng in rngs]
+            pixels = [processor.image_inputs(paint(drawing))[0]["pixel_values"] for drawing in drawings]
+            scenes, batch = [on_the_square(drawing) for drawing in drawings], {"pixel_values": torch.cat(pixels)}
         elif stage.name in DRAWN:
             scenes, talks = zip(*map(drawing_chat, rngs))
             scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
             batch = processor(list(talks), labels=True)
         else:
             return processor([conversation(stage, rng) for rng in rngs], labels=True)
-        cells, letters = (torch.stack([f(scene) for scene in scenes]) for f in (ninths, letter_map))
-        return batch | {"cells": cells, "letters": letters}
+        labels = {"cells": ninths, "letters": letter_map, "shapes": shape_map}
+        return batch | {name: torch.stack([f(scene) for scene in scenes]) for name, f in labels.items()}
 
     def start(self, model: DeepseekVL, processor: Processor) -> None:
         start_small(model)
@@ -89,11 +94,11 @@ class VLLessons(Lessons):
         if not stage.heads:
             return model(**batch).loss
         with outputs(patches=model.vision.high.blocks[-1], towers=model.vision) as kept:
-            if stage.name == "towers":
+            if "input_ids" not in batch:
                 model.vision(*model.vision.split(batch["pixel_values"].to(model.device)))
                 answers = 0.0
             else:
-                answers = model(**{key: value for key, value in batch.items() if key not in ("cells", "letters")}).loss
+                answers = model(**{key: value for key, value in batch.items() if key not in LABELS}).loss
         return answers + (0.3 if stage.name in DRAWN else 1) * self.towers(kept["patches"], *kept["towers"], batch)
 
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
