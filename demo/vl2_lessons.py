@@ -82,6 +82,7 @@ class VL2Lessons(Lessons):
         Stage("look", 300, 16, 2.5e-3, EVERYTHING, heads=True),
         Stage("joint", 1300, 16, 2e-3, EVERYTHING, 24, heads=True),
         Stage("answers", 100, 16, 5e-4, EVERYTHING, 50),
+        Stage("longer", 1750, 16, 2e-3, EVERYTHING, 24),
     )
     measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
     write_empty_checkpoint = staticmethod(write_empty_vl2)
@@ -119,7 +120,7 @@ class VL2Lessons(Lessons):
             found = [chat(rng) for rng in rngs]
             batch = processor([messages for *_, messages in found], labels=True)
             found = [pair for *pair, _ in found]
-        if stage.name != "answers":
+        if stage.heads:
             patches = processor.pixels.side // 6
             seen, reach = zip(*(token_labels(*pair, processor) for pair in found))
             batch |= {"seen": torch.cat(seen), "reach": torch.cat(reach)}
@@ -176,7 +177,7 @@ class VL2Lessons(Lessons):
         with outputs(**parts, last=model.language) as kept:
             model(**inputs, logits_to_keep=1)
         self.balance.real, seen = None, 0.0
-        if stage.name != "answers":
+        if stage.heads:
             shown = kept["hidden"][batch["images_seq_mask"].to(model.device)]
             seen = self.see(model, batch, kept["patches"], shown, FIELDS)
             seen = seen + 2 * self.reach_loss(batch, torch.cat(kept["tokens"]))
@@ -204,7 +205,7 @@ class VL2Lessons(Lessons):
 
     @torch.no_grad()
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
-        if stage.name in ("joint", "answers"):
+        if stage.name not in ("towers", "look"):
             return accuracy(model, processor, stage.held_out, split="held-out")
         with outputs(tokens=model.aligner, hidden=model.language.layers[LAYERS - 1]) as kept:
             model(**{key: value for key, value in batch.items() if key not in LABELS}, logits_to_keep=1)

@@ -37,7 +37,7 @@ from processor import Processor
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
 LABELS = ("cells", "letters", "shapes")
-DRAWN = ("drawings", "canvases")
+DRAWN = ("drawings", "canvases", "signs")
 ALSO = (*DRAWINGS, "no shapes")  # measured in these stages
 
 
@@ -59,6 +59,7 @@ class VLLessons(Lessons):
         Stage("practice", 450, 16, 5e-4, ("aligner", "language", "lm_head")),
         Stage("drawings", 320, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
         Stage("canvases", 1400, 16, 1.5e-3, ("vision", "aligner", "language", "lm_head"), heads=True),
+        Stage("signs", 1000, 16, 8e-4, ("vision", "aligner", "language", "lm_head")),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
@@ -77,6 +78,10 @@ class VLLessons(Lessons):
             drawings = [random_drawing(rng, (5, 8)) for rng in rngs]
             pixels = [processor.image_inputs(paint(drawing))[0]["pixel_values"] for drawing in drawings]
             scenes, batch = [on_the_square(drawing) for drawing in drawings], {"pixel_values": torch.cat(pixels)}
+        elif stage.name == "signs":
+            read = (*TASKS, "text", "text", "count")
+            return processor([chat(r, read, describe_ends=False) if r.random() < 0.5 else drawing_chat(r)[1] for r in rngs],
+                             labels=True)  # fmt: skip
         elif stage.name in DRAWN:
             scenes, talks = zip(*map(drawing_chat, rngs))
             scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
