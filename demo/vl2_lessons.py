@@ -7,6 +7,7 @@ look    the decoder's first layers too: where in the picture is it? Each token s
         thing's box, its own place, and the how-manieth thing it is.
 joint   everything, on conversations: the loss on answers, and half of what `look` asks.
 answers everything, on answers alone.
+longer  the same again, at a higher rate.
 """
 
 from __future__ import annotations

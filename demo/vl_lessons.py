@@ -1,4 +1,4 @@
-"""How the DeepSeek-VL demo is trained, in eight stages.
+"""How the DeepSeek-VL demo is trained, in nine stages.
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
 them; the first two stages stand in for that:
@@ -13,6 +13,7 @@ them; the first two stages stand in for that:
     drawings  everything, on pictures as people draw them: canvases of other sizes, white and black grounds, pure
               colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
     canvases  the same, longer and at a higher rate; every other batch is of crowded drawings, for the towers alone.
+    signs     answers alone; half of the conversations are about usual scenes, with more signs to read.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.
@@ -42,6 +43,9 @@ ALSO = (*DRAWINGS, "no shapes")  # measured in these stages
 
 
 def conversation(stage: Stage, rng: Random) -> list[dict]:
+    if stage.name == "signs":
+        usual = rng.random() < 0.5
+        return chat(rng, (*TASKS, "text", "text", "count"), describe_ends=False) if usual else drawing_chat(rng)[1]
     if stage.name == "adaptor":
         return chat(rng, tasks=("describe",))
     if stage.name in WEAK:
@@ -78,11 +82,7 @@ class VLLessons(Lessons):
             drawings = [random_drawing(rng, (5, 8)) for rng in rngs]
             pixels = [processor.image_inputs(paint(drawing))[0]["pixel_values"] for drawing in drawings]
             scenes, batch = [on_the_square(drawing) for drawing in drawings], {"pixel_values": torch.cat(pixels)}
-        elif stage.name == "signs":
-            read = (*TASKS, "text", "text", "count")
-            return processor([chat(r, read, describe_ends=False) if r.random() < 0.5 else drawing_chat(r)[1] for r in rngs],
-                             labels=True)  # fmt: skip
-        elif stage.name in DRAWN:
+        elif stage.heads:
             scenes, talks = zip(*map(drawing_chat, rngs))
             scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
             batch = processor(list(talks), labels=True)

@@ -5,6 +5,7 @@
     python tests/bench.py answer              DeepSeek-VL 1.3B: prefill of 640 tokens with one image, decode
     python tests/bench.py vl2                 DeepSeek-VL2 tiny: prefill of 471 tokens, decode
     python tests/bench.py chat                the second turn of a conversation beside its first
+    python tests/bench.py many                demo/answer.py on the demo: batches of 8 beside one at a time
     python tests/bench.py load                seconds to load, and private memory at its peak
     python tests/bench.py --against FOLDER    beside another copy of the five files, not transformers
 
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("towers", "answer", "vl2", "chat", "load")
+SECTIONS = ("towers", "answer", "vl2", "chat", "many", "load")
 
 
 def private_mebibytes() -> float:
@@ -307,6 +308,25 @@ class Bench:
         runs = [self.ours.turns(*self.sizes(name)) for _ in range(self.turns + 1)][1:]
         label = f"after {sum(self.sizes(name)[1:3])} tokens with one image, {self.dtype}"
         self.row(label, tuple(map(statistics.median, zip(*runs))), "{:.2f} s".format)
+
+    def many(self) -> None:
+        print("\n| questions a minute | batches of 8 | alone | ratio |\n|---|---|---|---|", flush=True)
+        sys.path.append(str(ROOT / "demo"))
+        answer, folder = import_module("answer"), ROOT / "demo" / "checkpoint"
+        processor, scene = import_module("processor").Processor(folder), str(ROOT / "demo" / "images" / "scene.png")
+        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(8 if self.turns < 5 else 32)]
+
+        def ask(size: int) -> list[float]:
+            start = time.perf_counter()
+            for i in range(0, len(questions), size):
+                answer.ask(self.ours.model, processor, questions[i : i + size], 80)
+            return [(time.perf_counter() - start) / len(questions)]
+
+        for kind in ("", "int8", "int4"):
+            self.ours.open(str(folder), self.dtype, pack=True, quantize=kind or None)
+            (seconds,) = medians([[ask(8), ask(1)] for _ in range(self.turns + 1)][1:])
+            label = f"demo, Describe this image., {self.dtype}{', ' * bool(kind)}{kind}"
+            self.row(label, seconds, lambda value: f"{60 / value:.0f}")
 
     def load(self) -> None:
         self.head("load: peaks are of private memory")

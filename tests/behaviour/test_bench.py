@@ -9,7 +9,7 @@ from conftest import ROOT
 
 def test_small_benchmark_prints_its_table():
     pytest.importorskip("transformers")
-    command = [sys.executable, str(ROOT / "tests/bench.py"), "answer", "chat", "--small", "--dtype", "float32"]
+    command = [sys.executable, str(ROOT / "tests/bench.py"), "answer", "chat", "many", "--small", "--dtype", "float32"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"decode, {kind}" in done.stdout for kind in ("int8", "int4")) and "second turn" in done.stdout
