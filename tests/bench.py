@@ -322,7 +322,7 @@ class Bench:
                 answer.ask(self.ours.model, processor, questions[i : i + size], 80)
             return [(time.perf_counter() - start) / len(questions)]
 
-        for kind in ("", "int8", "int4"):
+        for kind in ("", "int8"):
             self.ours.open(str(folder), self.dtype, pack=True, quantize=kind or None)
             (seconds,) = medians([[ask(8), ask(1)] for _ in range(self.turns + 1)][1:])
             label = f"demo, Describe this image., {self.dtype}{', ' * bool(kind)}{kind}"

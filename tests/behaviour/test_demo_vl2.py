@@ -29,7 +29,7 @@ def checkpoint():
     return load_model(CHECKPOINT, dtype=torch.float32), Processor(CHECKPOINT)
 
 
-# What 60 fixed scenes must at least give: below the figures of 500 in the README.
+# What 25 fixed scenes must at least give: below the figures of 500 in the README.
 LEAST = {"describe": 0.6, "color": 0.5, "count": 0.4, "text": 0.4, "ground": 0.15, "box overlap": 0.2}
 
 
@@ -37,13 +37,13 @@ def test_a_small_checkpoint_answers_on_fresh_scenes(checkpoint):
     both = [sum(file.stat().st_size for file in (DEMO / name).iterdir()) for name in ("vl2", "checkpoint")]
     assert sum(both) <= 20_000_000 and sum(p.numel() for p in checkpoint[0].parameters()) <= 6_000_000
     with evaluate_vl2.expert_load(checkpoint[0]) as load:
-        shares = evaluate_vl2.accuracy(*checkpoint, scenes=60, tasks=("describe", "color", "count", "text", "ground"))
+        shares = evaluate_vl2.accuracy(*checkpoint, scenes=25, tasks=("describe", "color", "count", "text", "ground"))
     assert all(shares[task] >= least for task, least in LEAST.items()), shares
     assert all(counts.min() > counts.mean() / 3 for counts in load.values()), load
 
 
 def test_small_text_needs_the_local_view(checkpoint):
-    assert evaluate_vl2.accuracy(*checkpoint, scenes=40, tasks=["text"], local_view=False)["text"] < 0.1
+    assert evaluate_vl2.accuracy(*checkpoint, scenes=20, tasks=["text"], local_view=False)["text"] < 0.1
 
 
 def test_the_command_draws_the_boxes_it_found(tmp_path):
