@@ -152,10 +152,8 @@ def transformers_inputs(folder: Path, processor: Processor, message: dict, batch
 @torch.no_grad()
 def run_transformers(folder: Path, images: list[str], prompt: str, name: str, file: Path) -> None:
     """Write transformers' stages for one conversation into a file, as tests/dump_original.py does the original's."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("transformers is missing: pip install -r tests/requirements.txt") from None
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     processor = Processor(folder)
@@ -318,7 +316,11 @@ def verify(folder: Path, images: list[str], prompt: str, against: str, name: str
         if against == "transformers":
             file, name = Path(scratch) / "reference.safetensors", name or "float32"
             note("running transformers")
-            run_transformers(folder, images, prompt, name, file)
+            try:
+                run_transformers(folder, images, prompt, name, file)
+            except ImportError as error:
+                hint = "pip install -r tests/requirements.txt"
+                raise ValueError(f"transformers cannot be used ({error}): {hint}") from None
             gc.collect()
         elif not file.is_file():
             raise ValueError(
@@ -363,8 +365,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.layers < 1:
             raise ValueError(f"--layers {args.layers}: expected at least 1")
         return verify(args.folder, images, args.prompt, args.against, args.dtype, args.layers)
-    except (ValueError, OSError) as error:
-        fail(str(error) or type(error).__name__)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        fail(str(error)[:500] or type(error).__name__)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
