@@ -42,9 +42,7 @@ def random_text(rng: random.Random) -> str:
         lambda: "".join(rng.choices(ASSIGNED, k=rng.randrange(1, 6))),
         lambda: rng.choice("aAbz \n") * rng.randrange(1, 30),
     ]
-    return "".join(
-        rng.choice([*makers[:1] * 5, *makers])() + rng.choice(["", " "]) for _ in range(rng.randrange(1, 16))
-    )
+    return "".join(rng.choice([*makers[:1] * 5, *makers])() + rng.choice(["", " "]) for _ in range(rng.randrange(1, 16)))
 
 
 def pair(folder):
@@ -58,9 +56,7 @@ def assert_equal_on_texts(ours, library, count: int) -> None:
         ids = ours.encode(text)
         assert ids == library.encode(text, add_special_tokens=False).ids, repr(text)
         for skip in (False, True):
-            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip), repr(
-                text
-            )
+            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip), repr(text)
 
 
 def assert_equal_on_ids(ours, library, count: int) -> None:
@@ -76,9 +72,7 @@ def assert_equal_on_ids(ours, library, count: int) -> None:
 LONG_PIECES = {
     "one letter": "a" * 100_000,
     "letters": "".join(random.Random(0).choices("abcdefgh", k=50_000)),
-    "Chinese without punctuation": "".join(
-        random.Random(1).choices("的一是了我不人在他有这个上们来到时大地", k=50_000)
-    ),
+    "Chinese without punctuation": "".join(random.Random(1).choices("的一是了我不人在他有这个上们来到时大地", k=50_000)),
     "spaces": " " * 100_000,
     "newlines": "\n" * 20_000,
     "digits": "1234567890" * 2_000,
@@ -176,15 +170,7 @@ def test_sentencepiece(sentencepiece_folder, tmp_path):
 
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
     ours = load_tokenizer(sentencepiece_folder)
-    texts = [
-        "the cat",
-        "  two  spaces ",
-        "A <image_placeholder>picture",
-        "Ω 图像 😀",
-        "",
-        "12\n\n34",
-        "the<image_placeholder>",
-    ]
+    texts = ["the cat", "  two  spaces ", "A <image_placeholder>picture", "Ω 图像 😀", "", "12\n\n34", "the<image_placeholder>"]
     for text in texts:
         ids = ours.encode(text)
         assert ids == library.encode(text)

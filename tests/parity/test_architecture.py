@@ -27,7 +27,6 @@ every_case = pytest.mark.parametrize("case", range(4))
 every_vl = pytest.mark.parametrize("name", VL_GOLDENS)
 every_vl2 = pytest.mark.parametrize("name", VL2_GOLDENS)
 
-
 def prepared(name: str, case: int) -> tuple:
     """The model, one conversation as its input, and the original's tensors for it."""
     (model, processor), data = golden_model(name), golden(name)

@@ -79,3 +79,5 @@ def test_towers_of_another_dtype():
             model(**batch, labels=labels).loss.backward()
         grads = [parameter.grad for parameter in model.aligner.parameters()]
         assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
