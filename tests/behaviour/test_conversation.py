@@ -354,17 +354,33 @@ class Terminal:
 
 
 @pytest.mark.parametrize("columns", [80, 40])
-def test_ctrl_c_leaves_the_chat_open(columns):
+def test_chat_on_a_terminal(columns):
     terminal = Terminal([*GENERATE, "--image", SCENE], columns)
     greeting = terminal.read_until("> ")
     assert "/image FILE" in greeting and all(len(line) < 40 for line in greeting.split("\r\n")[-4:])
-    terminal.say("\x03")
-    terminal.read_until("> ")  # a line that was begun is given up
     terminal.say("What does the sign say?\n")
     terminal.read_until("PUSH")
     terminal.read_until("> ")
     terminal.say("\x04")
     assert terminal.process.wait() == 0
+
+
+def test_ctrl_c_gives_up_a_line_on_a_terminal(monkeypatch, capsys):
+    class Keyboard(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    lines = iter([KeyboardInterrupt, "How many stars are there?", EOFError])
+
+    def typed(prompt: str) -> str:
+        if not isinstance(line := next(lines), str):
+            raise line
+        return line
+
+    monkeypatch.setattr("sys.stdin", Keyboard(io.BytesIO()))
+    monkeypatch.setattr("builtins.input", typed)
+    main(["--chat", "--image", SCENE, "--dtype", "float32", "--device", "cpu"])
+    assert capsys.readouterr().out == "\nThe number of stars is one.\n\n"
 
 
 def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch, capsys, tmp_path):
