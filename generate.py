@@ -653,7 +653,6 @@ def run(args: argparse.Namespace) -> None:
         tell(DEMO_NOTICE)
     kinds = [str(dtype).removeprefix("torch.")] + ([args.quantize] if args.quantize else [])
     loading = f" as {' and '.join(kinds)} on {device}: loading {folder}"
-    start = time.perf_counter()
     model = load_model(
         folder,
         dtype=dtype,
@@ -666,14 +665,19 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
-    note(f"loaded in {time.perf_counter() - start:.1f} s", args.quiet)
     slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if slow:
         note("", args.quiet)
         tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
-    if args.compile:  # on a terminal the answer's line may be open when this fails
-        lead = "\n" if sys.stderr.isatty() else ""
-        compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))
+    if args.compile:
+        lead = ""
+
+        def warn(why: str) -> None:
+            note("", args.quiet)
+            tell(f"{lead}--compile: not possible here, going on without it ({why})")
+
+        compile_steps(model, warn)
+        lead = "\n" if sys.stderr.isatty() else ""  # from now on the answer's line may be open
     if args.chat:
         chat(args, model, processor, pictures, options)
     if asks:

@@ -319,7 +319,7 @@ class Bench:
         def ask(size: int) -> list[float]:
             start = time.perf_counter()
             for i in range(0, len(questions), size):
-                answer.ask(self.ours.model, processor, questions[i : i + size], 80)
+                answer.ask(self.ours.model, processor, questions[i : i + size], 80 if self.turns > 1 else 4)
             return [(time.perf_counter() - start) / len(questions)]
 
         for kind in ("", "int8"):

@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_leaves_the_picture_that_was_there(ask, tmp_path, m
     monkeypatch.setattr(Image.Image, "save", save_half)
     with pytest.raises(SystemExit, match="2"):
         ask(TWO, "--image", PICTURES / "5.png", "--boxes", file)
-    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert capsys.readouterr().err == f"error: {file}: cannot be written (No space left on device)\n"
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"an earlier picture"
 
 

@@ -60,8 +60,7 @@ class TowerCalls:
 
 
 @every_golden
-@pytest.mark.parametrize("fixed_shape", [False, True])
-@pytest.mark.parametrize("ending", ["at its limit", "stopped early"])
+@pytest.mark.parametrize("fixed_shape, ending", [(False, "at its limit"), (True, "stopped early")])
 def test_a_later_turn_equals_a_fresh_start(name, ending, fixed_shape, monkeypatch):
     """Greedy. The first, third and fourth turn bring a picture; with three DeepSeek-VL2 cuts other tiles of all."""
     model, processor = golden_model(name)

@@ -186,15 +186,14 @@ def transformers_folder(name: str, parent: Path) -> Path:
 @pytest.mark.parametrize("name", VL_GOLDENS)
 def test_random_checkpoints_are_right(name, dtype, tmp_path, picture, capsys):
     """In the official layout and in that of transformers, whose own processor prepares the pixels."""
-    for seed in range(2):
-        folder = copy_checkpoint(name, tmp_path / f"{seed}")
-        save_model(randomized(DeepseekVL(read_config(folder)), seed), folder)
-        convert(folder, tmp_path / f"{seed}-converted", "transformers")
-        for tested in (folder, tmp_path / f"{seed}-converted"):
-            status, printed = run(tested, picture, capsys, "--dtype", dtype, "--prompt", f"Is this <image> {seed}?")
-            assert status == 0, printed
-            assert printed.splitlines()[-1].startswith("RIGHT") and "SigLIP layer 2" in printed
-            assert ("given" in printed) == (tested == folder)
+    folder = copy_checkpoint(name, tmp_path / "official")
+    save_model(randomized(DeepseekVL(read_config(folder)), 0), folder)
+    convert(folder, tmp_path / "converted", "transformers")
+    for tested in (folder, tmp_path / "converted"):
+        status, printed = run(tested, picture, capsys, "--dtype", dtype, "--prompt", "Is this <image> a cat?")
+        assert status == 0, printed
+        assert printed.splitlines()[-1].startswith("RIGHT") and "SigLIP layer 2" in printed
+        assert ("given" in printed) == (tested == folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
