@@ -292,7 +292,7 @@ class ConversationCache:
     def __init__(self, model: DeepseekVL):
         self.kv = model.new_cache(1, 0)
         self.tokens: list[tuple] = []  # what was fed, and an answer's last id: (id, hash of the picture or None)
-        self.features: dict[int, Tensor] = {}  # of each picture (N, D), by a hash of its pixels
+        self.features: dict[int, Tensor] = {}  # of each picture of the last batch (N, D), by a hash of its pixels
         self.reused = 0  # tokens of the last batch that were not fed again
 
     def embed_new(self, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
@@ -310,6 +310,7 @@ class ConversationCache:
         held = self.tokens[: min(self.kv.length, len(tokens) - 1)]  # the last token's logits are needed
         same = next((i for i, (new, old) in enumerate(zip(tokens, held)) if new != old), len(held))
         self.tokens, self.kv.length, self.reused = tokens, same, same
+        self.features = {key: self.features[key] for key in pictures}  # those of pictures that are gone are freed
         return x[:, same:]
 
 
