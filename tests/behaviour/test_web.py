@@ -197,8 +197,7 @@ def demo_address():
     process.wait()
 
 
-@in_browser
-def test_pictures_and_turns(browser, demo_address, tmp_path):
+def pictures_and_turns(browser, demo_address):
     visitor = Visitor(browser, demo_address)
     visitor.keep("page")
     visitor.ask("What does the sign say?", SCENE)
@@ -214,8 +213,7 @@ def test_pictures_and_turns(browser, demo_address, tmp_path):
     visitor.keep("second turn")
 
 
-@in_browser
-def test_a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(browser, demo_address, tmp_path):
+def a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(browser, demo_address, tmp_path):
     visitor, damaged = Visitor(browser, demo_address), tmp_path / "damaged.png"
     damaged.write_bytes(SCENE.read_bytes()[:300])
     visitor.ask("What does the sign say?", damaged)
@@ -229,8 +227,7 @@ def test_a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(brow
     visitor.wait(lambda: visitor.answers() == ["It says 36."])
 
 
-@in_browser
-def test_examples_fill_the_box(browser, demo_address):
+def examples_fill_the_box(browser, demo_address):
     visitor = Visitor(browser, demo_address)
     visitor.press("What does the sign say?")
     visitor.wait(lambda: visitor.find("textarea")[0].get_attribute("value") == "What does the sign say?")
@@ -255,8 +252,7 @@ def serve():
 LONGEST = "input[aria-label='number input for Max Generation Tokens']"
 
 
-@in_browser
-def test_two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
+def two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
     chat = web.Chat(*golden_model("vl-siglip"), None)  # random: it speaks until something ends it
     address = serve(chat)
     first, second = Visitor(browser, address), Visitor(browser, address)
@@ -282,8 +278,7 @@ def test_two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
     second.wait(lambda: len(chat.caches) == 1)  # nothing is computed for nobody
 
 
-@in_browser
-def test_boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
+def boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
     model, processor = golden_model("vl2-mha")
     located = "<|ref|>the triangle<|/ref|><|det|>[[640, 350, 900, 600]]<|/det|>"
     monkeypatch.setattr(web.Chat, "answer", lambda *_, **__: iter([(located, processor.eos_token_id)]))
@@ -292,3 +287,12 @@ def test_boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
     visitor.wait(lambda: len(visitor.find("[data-testid=bot] img, .bot img")) == 1)
     visitor.keep("boxes")
     assert visitor.answers()[0] == located
+
+
+@in_browser
+def test_the_page_in_a_browser(browser, demo_address, serve, tmp_path, monkeypatch):
+    pictures_and_turns(browser, demo_address)
+    a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(browser, demo_address, tmp_path)
+    examples_fill_the_box(browser, demo_address)
+    two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve)
+    boxes_are_drawn_on_the_picture(browser, serve, monkeypatch)
