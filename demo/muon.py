@@ -41,12 +41,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike[p.shape].append(p)
             for (rows, columns), parameters in alike.items():
-                updates = []
-                for p in parameters:
-                    state = self.state[p]
-                    momentum = state.setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - MOMENTUM)
-                    updates.append(p.grad.lerp(momentum, MOMENTUM))
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+                gradients = [p.grad for p in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+                updates = orthogonalized(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * WEIGHT_DECAY)
                 size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-                for p, update in zip(parameters, orthogonalized(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * WEIGHT_DECAY).add_(update, alpha=-size)
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-size)

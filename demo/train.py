@@ -41,7 +41,7 @@ from processor import Processor
 
 KINDS = {"vl": VLLessons, "vl2": VL2Lessons}
 WARMUP = 100
-REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
+REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 1000, 30
 
 
 class Run:
@@ -172,7 +172,7 @@ def train_stage(run: Run, stage: Stage, limits: Limits) -> None:
     optimizers = make_optimizers(model, learning)
     for optimizer, state in zip(optimizers, run.optimizer_states):
         optimizer.load_state_dict(state)
-    workers = min(4, cores - 1) if (cores := os.cpu_count() or 1) >= 4 else 0  # two cores are best left to the model
+    workers = (cores // 2 - 1) if (cores := os.cpu_count() or 1) >= 4 else 0  # two cores are best left to the model
     batches = DataLoader(run.batches(stage, run.seed, run.step), batch_size=None, num_workers=workers)
     losses: list[Tensor] = []
     started, saved = time.perf_counter() - run.seconds, time.perf_counter()

@@ -8,12 +8,15 @@ look    the decoder's first layers too: where in the picture is it? Each token s
 joint   everything, on conversations: the loss on answers, and half of what `look` asks.
 answers everything, on answers alone.
 longer  the same again, at a higher rate.
+boxes   everything as in `joint`, on a GPU: more pictures a step, more questions each, and in a box a number near the
+        right one is not quite wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 
 import torch
@@ -26,6 +29,7 @@ from vl2_scenes import (
     FIELDS,
     IGNORED,
     LETTERS,
+    TASKS,
     chat,
     draw,
     letter_labels,
@@ -35,7 +39,7 @@ from vl2_scenes import (
     word_id,
 )
 
-from model import DeepseekVL, ModelConfig, Router
+from model import DeepseekVL, MixtureOfExperts, ModelConfig, Router
 from processor import COORDINATES, Processor
 from vision import attention
 
@@ -44,7 +48,7 @@ TILE_FIELDS = ("kind", "color", "size", "text")  # what a tile alone can show
 LABELS = ("seen", "reach", "letters")
 NUMBER_FIELDS = ("left", "top", "right", "bottom", "across", "down")
 FEWER = 5  # of what every token has, its place or nothing, one token in so many is asked
-BLUR = 6.0  # standard deviation, in thousandths, of what counts as the right number in a box
+BLUR, BOX_BLUR = 6.0, 4.0  # standard deviations, in thousandths, of what counts as the right number; in an answer's box
 BALANCE = 0.01  # the step of a bias; DeepSeek-V3 has 0.001, and four hundred times as many steps
 EVERYTHING = ("vision", "aligner", "language", "lm_head")
 
@@ -77,6 +81,18 @@ class Balance:
             router.e_score_correction_bias += BALANCE * torch.sign(count.mean() - count)
 
 
+def mix_all(mixture: MixtureOfExperts, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """`MixtureOfExperts.mix`, on a GPU by every expert over all tokens: there few large products are fastest."""
+    if not tokens.is_cuda:
+        return MixtureOfExperts.mix(mixture, tokens, experts, weights)
+    gate, up, down = (
+        torch.stack([getattr(expert, name).weight for expert in mixture.experts])
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )  # (E, hidden, D) twice, (E, D, hidden)
+    share = weights.new_zeros(len(tokens), len(gate)).scatter(1, experts, weights)  # 0 for experts not chosen
+    return torch.einsum("etd,te->td", (F.silu(tokens @ gate.mT) * (tokens @ up.mT)) @ down.mT, share)
+
+
 class VL2Lessons(Lessons):
     stages = (
         Stage("towers", 1800, 16, 3e-3, ("vision", "aligner", "lm_head"), heads=True),
@@ -84,6 +100,7 @@ class VL2Lessons(Lessons):
         Stage("joint", 1300, 16, 2e-3, EVERYTHING, 24, heads=True),
         Stage("answers", 100, 16, 5e-4, EVERYTHING, 50),
         Stage("longer", 1750, 16, 2e-3, EVERYTHING, 24),
+        Stage("boxes", 3000, 64, 3e-3, EVERYTHING, 24, heads=True),
     )
     measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
     write_empty_checkpoint = staticmethod(write_empty_vl2)
@@ -105,11 +122,15 @@ class VL2Lessons(Lessons):
         waves = torch.logspace(math.log10(0.5), 2, D // 2) * 2 * math.pi / (COORDINATES + 1)
         angles = torch.arange(COORDINATES + 1)[:, None] * waves
         self.number_ids, self.nothing = number_ids(processor), word_id(processor, "\n")
+        self.box_tags = [processor.tokenizer.token_to_id(tag) for tag in ("<|det|>", "<|/det|>")]
         embeddings[self.number_ids] = torch.cat((angles.sin(), angles.cos()), dim=1) * 0.02 * 2**0.5
         model.lm_head.weight.data.copy_(embeddings)
         self.balance.watch(model)
         for block in model.vision.blocks:
             block.attn.attend = attention  # with a gradient and so few patches, faster than the fused kernel
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.mix = partial(mix_all, module)
 
     @staticmethod
     def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:
@@ -118,7 +139,9 @@ class VL2Lessons(Lessons):
             found = [(scene, draw(scene)) for scene in scenes]
             batch = processor([[{"role": "user", "content": "", "images": [picture]}] for _, picture in found])
         else:
-            found = [chat(rng) for rng in rngs]
+            boxes = stage.name == "boxes"
+            tasks, turns = ((*TASKS, "ground", "color", "count"), 4) if boxes else (TASKS, 3)
+            found = [chat(rng, tasks, turns) for rng in rngs]
             batch = processor([messages for *_, messages in found], labels=True)
             found = [pair for *pair, _ in found]
         if stage.heads:
@@ -139,9 +162,6 @@ class VL2Lessons(Lessons):
         rarity = torch.ones(len(LETTERS), device=tokens.device)
         rarity[0] = 0.1
         loss = F.cross_entropy(self.letter(patches).flatten(0, 1), letters, rarity, ignore_index=IGNORED)
-        values = torch.arange(COORDINATES + 1, device=tokens.device)
-        place = torch.zeros(model.lm_head.out_features, dtype=torch.long, device=tokens.device)
-        place[self.number_ids] = values
         some = torch.arange(len(labels), device=tokens.device) % FEWER == 0
         nothing = labels[:, 0] == self.nothing
         for field in fields:
@@ -155,8 +175,7 @@ class VL2Lessons(Lessons):
             right, words = right[known], self.fields[FIELDS.index(field)](normed[known])
             if field in NUMBER_FIELDS:  # a number near the right one is not quite wrong
                 logits = F.linear(words, model.lm_head.weight[self.number_ids])
-                soft = torch.softmax(-0.5 * ((values - place[right][:, None]) / BLUR) ** 2, dim=1)
-                loss = loss + 0.5 * F.cross_entropy(logits, soft)
+                loss = loss + 0.5 * F.cross_entropy(logits, self.near(self.values(right), BLUR))
             else:
                 loss = loss + F.cross_entropy(model.lm_head(words), right)
         return loss
@@ -186,8 +205,30 @@ class VL2Lessons(Lessons):
             return seen
         # As DeepseekVL's own loss, but logits of answers alone: most of a sequence is picture.
         expected = batch["labels"][:, 1:].to(model.device)
-        logits = model.lm_head(kept["last"][:, :-1][expected != IGNORED])
-        return F.cross_entropy(logits, expected[expected != IGNORED]) + 0.5 * seen
+        asked = expected != IGNORED
+        logits, right = model.lm_head(kept["last"][:, :-1][asked]), expected[asked]
+        losses = F.cross_entropy(logits, right, reduction="none")
+        if stage.name == "boxes":
+            numbers = self.in_boxes(batch["input_ids"].to(model.device))[:, 1:][asked]
+            near = self.near(self.values(right[numbers]), BOX_BLUR)
+            losses[numbers] = -(near * logits[numbers].log_softmax(1)[:, self.number_ids]).sum(1)
+        return losses.mean() + 0.5 * seen
+
+    def in_boxes(self, ids: Tensor) -> Tensor:
+        """Which of the ids (B, T) are a box's numbers: bool (B, T)."""
+        opened, closed = ((ids == tag).cumsum(1) for tag in self.box_tags)
+        return (opened > closed) & torch.isin(ids, self.number_ids.to(ids.device))
+
+    def values(self, ids: Tensor) -> Tensor:
+        """The numbers that these ids stand for."""
+        table = torch.zeros(int(self.number_ids.max()) + 1, dtype=torch.long)
+        table[self.number_ids] = torch.arange(len(self.number_ids))
+        return table.to(ids.device)[ids]
+
+    def near(self, values: Tensor, deviation: float) -> Tensor:
+        """What passes for each of these numbers: probabilities (n, 1000), most for itself, less for its neighbours."""
+        every = torch.arange(len(self.number_ids), device=values.device)
+        return torch.softmax(-0.5 * ((every - values[:, None]) / deviation) ** 2, dim=1)
 
     def after_step(self, model: DeepseekVL) -> None:
         if not self.balance.counts:

@@ -1,4 +1,4 @@
-"""How the DeepSeek-VL demo is trained, in nine stages.
+"""How the DeepSeek-VL demo is trained, in ten stages.
 
 The stages follow the paper (DeepSeek-VL, section 3.2). It starts from SAM, SigLIP and DeepSeek-LLM as others trained
 them; the first two stages stand in for that:
@@ -14,6 +14,7 @@ them; the first two stages stand in for that:
               colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
     canvases  the same, longer and at a higher rate; every other batch is of crowded drawings, for the towers alone.
     signs     answers alone; half of the conversations are about usual scenes, with more signs to read.
+    gallery   everything together, on a GPU, with what the towers see; one in two about usual scenes.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.
@@ -27,7 +28,7 @@ import torch
 from drawings import Drawing, drawing_chat, on_the_square, paint, random_drawing
 from empty_checkpoint import write_empty_checkpoint
 from evaluate import DRAWINGS, accuracy
-from scenes import TASKS, chat, draw, random_scene
+from scenes import TASKS, Scene, chat, draw, random_scene, talk
 from stages import Lessons, Stage, outputs, start_small
 from torch import Tensor, nn
 from towers import TowerLoss, letter_map, ninths, shape_map
@@ -38,7 +39,7 @@ from processor import Processor
 # Asked for more often, because in held-out answers they were the weakest by then.
 WEAK = {"chat": ("relation", "relation"), "practice": ("count", "count", "count")}
 LABELS = ("cells", "letters", "shapes")
-DRAWN = ("drawings", "canvases", "signs")
+DRAWN = ("drawings", "canvases", "signs", "gallery")
 ALSO = (*DRAWINGS, "no shapes")  # measured in these stages
 
 
@@ -53,6 +54,14 @@ def conversation(stage: Stage, rng: Random) -> list[dict]:
     return chat(rng, pictures=rng.random() < {"language": 0, "joint": 0.8}[stage.name])
 
 
+def gallery_chat(rng: Random) -> tuple[Scene, list[dict]]:
+    """A scene and a conversation: one in two about usual scenes, with more signs to read."""
+    if rng.random() < 0.7:
+        return drawing_chat(rng)
+    scene = random_scene(rng)
+    return scene, talk(scene, draw(scene), rng, (*TASKS, "text", "text", "count"), turns=4, describe_ends=False)
+
+
 class VLLessons(Lessons):
     stages = (
         Stage("towers", 2200, 16, 2e-3, ("vision",), heads=True),
@@ -64,6 +73,7 @@ class VLLessons(Lessons):
         Stage("drawings", 320, 16, 8e-4, ("vision", "aligner", "language", "lm_head"), heads=True),
         Stage("canvases", 1400, 16, 1.5e-3, ("vision", "aligner", "language", "lm_head"), heads=True),
         Stage("signs", 1000, 16, 8e-4, ("vision", "aligner", "language", "lm_head")),
+        Stage("gallery", 3500, 32, 1.5e-3, ("vision", "aligner", "language", "lm_head"), 24, heads=True),
     )
     measures = ("shapes", "signs", *TASKS, *ALSO)  # held out: what the towers name, what the model answers
     write_empty_checkpoint = staticmethod(write_empty_checkpoint)
@@ -83,7 +93,7 @@ class VLLessons(Lessons):
             pixels = [processor.image_inputs(paint(drawing))[0]["pixel_values"] for drawing in drawings]
             scenes, batch = [on_the_square(drawing) for drawing in drawings], {"pixel_values": torch.cat(pixels)}
         elif stage.heads:
-            scenes, talks = zip(*map(drawing_chat, rngs))
+            scenes, talks = zip(*map(gallery_chat if stage.name == "gallery" else drawing_chat, rngs))
             scenes = [on_the_square(scene) if isinstance(scene, Drawing) else scene for scene in scenes]
             batch = processor(list(talks), labels=True)
         else:
