@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -137,7 +138,7 @@ if __name__ == "__main__":
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from load_weights import (
     PackedLinear,
@@ -149,7 +150,7 @@ from load_weights import (
     read_config,
     save_checkpoint,
 )
-from model import DeepseekVL, KVCache, LayerCache, MixtureOfExperts
+from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts
 from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes
 
 # ---------------------------------------------------------------------------- sampling
@@ -455,34 +456,62 @@ def stream(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 51
             return
 
 
-class CompiledDecoder:
-    """A decoder's `forward` in which steps of one token run compiled, on CUDA as a graph that is replayed.
+class CompiledSteps:
+    """Decode steps of one token, compiled; on CUDA also recorded as a graph, which is replayed.
 
-    The first step compiles, which takes about a minute (seconds, once torch has kept the result on
-    disk); so does another number of rows or capacity of the cache. A step attends to the cache's whole
-    capacity, so ask for no more tokens than you want. Where compiling fails, `failed` is told why, and
-    steps run as without it.
+    A decoder's layers are built alike, so that what is compiled at the first step, in some seconds, serves them all.
+    Another number of rows or capacity of the cache is compiled anew. A step attends to the cache's whole capacity, so
+    ask for no more tokens than you want. Where compiling fails, `failed` is told why, and steps run as without it.
     """
 
-    def __init__(self, plain: Callable, mode: str, failed: Callable[[str], None]):
-        self.plain, self.failed = plain, failed
-        self.compiled = torch.compile(plain, mode=mode, dynamic=False)
+    def __init__(self, model: DeepseekVL, failed: Callable[[str], None]):
+        self.decoder, self.failed, self.works = model.language, failed, True
+        self.graph, self.graph_of, self.inputs, self.output = None, None, [], None
+        modules, options = [*model.language.layers], None
+        if model.device.type == "cuda":  # there for one row products become sums, which read a weight as it is stored
+            modules, options = [*modules, model.lm_head], {"coordinate_descent_tuning": True}
+            if not any(isinstance(module, MixtureOfExperts) for module in model.language.modules()):
+                model.language.forward = self.replay
+        compiled = {kind: torch.compile(kind.forward, dynamic=False, options=options) for kind in map(type, modules)}
+        for module in modules:
+            module.forward = partial(self.call, module, compiled[type(module)])
 
-    def __call__(self, x: Tensor, position_ids: Tensor, bias: Tensor | None, caches: list[LayerCache] | None) -> Tensor:
-        if self.compiled is None or x.shape[1] > 1 or caches is None:
-            return self.plain(x, position_ids, bias, caches)
-        for tensor in (tensor for cache in caches for tensor in cache.tensors if tensor.is_cuda):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a graph may write into it where it lies
-        try:
-            return self.compiled(x, position_ids, bias, caches)
-        except RuntimeError as error:  # of dynamo, of inductor, of the C++ compiler
-            self.compiled = None
-            self.failed(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
-            return self.plain(x, position_ids, bias, caches)
+    def call(self, module: nn.Module, compiled: Callable, x: Tensor, *arguments) -> Tensor:
+        """The module's `forward`."""
+        if self.works and x.shape[1] == 1:
+            try:
+                return compiled(module, x, *arguments)
+            except RuntimeError as error:  # of dynamo, of inductor, of the C++ compiler
+                self.works = False
+                self.failed(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        return type(module).forward(module, x, *arguments)
+
+    def replay(self, x: Tensor, position_ids: Tensor, bias: Tensor | None, caches: list[LayerCache] | None) -> Tensor:
+        """`Decoder.forward`. A graph reads where its tensors lay, so a step's are copied there."""
+        if not self.works or caches is None or x.shape[1] > 1:
+            return Decoder.forward(self.decoder, x, position_ids, bias, caches)
+        step = (x, position_ids, bias, caches[0].places)
+        graph_of = (x.shape, bias.shape, *(tensor.data_ptr() for cache in caches for tensor in cache.tensors))
+        if graph_of != self.graph_of:
+            self.inputs, self.graph_of = [tensor.clone() for tensor in step], None
+            for cache in caches:
+                cache.places = self.inputs[3]
+            for _ in range(2):  # compiles, and takes memory that must be there before
+                self.output = Decoder.forward(self.decoder, *self.inputs[:3], caches)
+            if not self.works:
+                return self.output
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = Decoder.forward(self.decoder, *self.inputs[:3], caches)
+            self.graph_of = graph_of
+        for tensor, new in zip(self.inputs, step):
+            tensor.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None) -> None:
-    """Compile the model's decode steps in place, where that can be done; see `CompiledDecoder`."""
+    """Compile the model's decode steps in place, where that can be done; see `CompiledSteps`."""
     if any(isinstance(module, PackedLinear) for module in model.language.modules()):
         failed("the compiler does not know bfloat16 weights packed for a CPU, only what --quantize makes of them")
         return
@@ -491,8 +520,7 @@ def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reas
             if isinstance(module, MixtureOfExperts):  # which experts run depends on values: compile around them
                 module.mix = torch.compiler.disable(module.mix)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        model.language.forward = CompiledDecoder(model.language.forward, mode, failed)
+        CompiledSteps(model, failed)
         model.fixed_shape_steps = True
     except (RuntimeError, AttributeError) as error:  # of a torch too old, or for too new a Python
         failed(str(error))

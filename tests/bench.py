@@ -8,6 +8,7 @@
     python tests/bench.py many                demo/answer.py on the demo: batches of 8 beside one at a time
     python tests/bench.py load                seconds to load, and private memory at its peak
     python tests/bench.py --against FOLDER    beside another copy of the five files, not transformers
+    python tests/bench.py --device cuda       towers, answer and vl2 on a GPU
 
 Both sides read the same float16 files, as their users do. They run in turns after a warm-up turn, and a
 figure is the median of its turns. A ratio above 1 is in favour of ours.
@@ -36,6 +37,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("towers", "answer", "vl2", "chat", "many", "load")
+ON_A_GPU = ("towers", "answer", "vl2")
 
 
 def private_mebibytes() -> float:
@@ -72,16 +74,18 @@ class Side:
 
     model = None
 
-    def open(self, folder: str, dtype: str, **options) -> None:
+    def open(self, folder: str, dtype: str, device: str = "cpu", **options) -> None:
         self.model = None  # frees the last one first
-        self.dtype, self.model = getattr(torch, dtype), self.load(folder, getattr(torch, dtype), **options)
+        self.dtype, self.device = getattr(torch, dtype), device
+        self.model = self.load(folder, self.dtype, **options)
 
     @torch.inference_mode()
     def look(self, tower: str, shape: list[int]) -> list[float]:
         """Seconds of a vision tower."""
-        pixels, run = torch.rand(shape).to(self.dtype), self.tower(tower)
+        pixels, run = torch.rand(shape).to(self.device, self.dtype), self.tower(tower)
         start = time.perf_counter()
         run(pixels)
+        torch.cuda.synchronize() if self.device == "cuda" else None
         return [time.perf_counter() - start]
 
     def answer(self, new_tokens: int, *sizes: int) -> list[float]:
@@ -109,7 +113,7 @@ class Ours(Side):
         self.generate, self.load_model = import_module("generate"), import_module("load_weights").load_model
 
     def load(self, folder: str, dtype: torch.dtype, compiled: bool = False, **options) -> torch.nn.Module:
-        model, self.decoding = self.load_model(folder, dtype=dtype, **options), {}
+        model, self.decoding = self.load_model(folder, dtype=dtype, device=self.device, **options), {}
         if compiled and hasattr(self.generate, "compile_steps"):
             self.generate.compile_steps(model, failed=lambda why: print(f"not compiled: {why}", file=sys.stderr))
         elif compiled:  # in older copies
@@ -147,13 +151,14 @@ class Transformers(Side):
         assert transformers.DeepseekVLForConditionalGeneration  # imported now: loading is timed
 
     def load(self, folder: str, dtype: torch.dtype, **_) -> torch.nn.Module:
-        return self.auto.from_pretrained(folder, dtype=dtype)
+        return self.auto.from_pretrained(folder, dtype=dtype).to(self.device)
 
     def tower(self, name: str) -> Callable:
         return self.model.model.get_high_res_image_features if name == "sam" else self.model.model.vision_model
 
     def token_times(self, batch: dict, count: int) -> list[float]:
         self.times: list[float] = []  # `put` and `end` are what `generate` calls of a streamer
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         self.model.generate(**batch, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=self)
         return self.times[1:]  # the first is the prompt, before it is fed
 
@@ -248,8 +253,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.folder, self.code, self.ours = folder, args.against and args.against.resolve(), Ours(ROOT)
         self.other = Elsewhere(self.code) if self.code else Transformers()
-        self.dtype = args.dtype or str(self.ours.generate.pick_dtype("auto", torch.device("cpu"))).split(".")[-1]
-        self.turns, self.new_tokens = (1, 4) if args.small else (5, 32)
+        self.dtype = args.dtype or str(self.ours.generate.pick_dtype("auto", torch.device(args.device))).split(".")[-1]
+        self.turns, self.new_tokens, self.device = args.turns, 4 if args.small else 32, args.device
         self.configs = dict(import_module("model").MODELS)
         for name, big in (("siglip", "deepseek-vl-1.3b"), ("sam", "deepseek-vl-7b")):  # with next to no decoder
             language = replace(self.configs[big].language, num_hidden_layers=1, vocab_size=512)
@@ -270,7 +275,8 @@ class Bench:
         alone = self.configs[name].tiles and not self.code  # transformers has no DeepSeek-VL2
         sides = [self.ours] if alone else [self.ours, self.other]
         for side in sides:
-            side.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, pack=True, **options)
+            folder = write_checkpoint(self.folder / name, self.configs[name])
+            side.open(folder, self.dtype, self.device, pack=True, **options)
         return medians([[getattr(side, method)(*arguments) for side in sides] for _ in range(self.turns + 1)][1:])
 
     def head(self, title: str) -> None:
@@ -290,10 +296,12 @@ class Bench:
     def answer(self, title: str = "DeepSeek-VL 1.3B", kinds: tuple = ("", "int8", "int4", "int4 compiled")) -> None:
         self.head(title)
         name = title.lower().replace(" ", "-")
+        if self.device == "cuda":
+            kinds = tuple(f"{kind}{how}" for kind in kinds if "compiled" not in kind for how in ("", " compiled"))
         for kind in kinds:
-            options = {"quantize": kind.partition(" ")[0] or None, "compiled": kind.endswith("compiled")}
+            options = {"quantize": next((k for k in ("int8", "int4") if k in kind), None), "compiled": "compiled" in kind}
             first, step = self.compare(name, "answer", self.new_tokens, *self.sizes(name), **options)
-            label = f", {kind}" if kind else ""
+            label = f", {kind.strip()}" if kind else ""
             if not options["compiled"]:  # only steps are
                 self.row(f"prefill, {sum(self.sizes(name)[1:3])} tokens{label}", first, "{:.2f} s".format)
             self.row(f"decode{label}", step, lambda value: f"{1 / value:.1f} tokens/s")
@@ -304,7 +312,7 @@ class Bench:
     def chat(self) -> None:
         print("\n| to the first token | second turn | first turn | ratio |\n|---|---|---|---|", flush=True)
         name = "deepseek-vl-1.3b"
-        self.ours.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, pack=True)
+        self.ours.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, self.device, pack=True)
         runs = [self.ours.turns(*self.sizes(name)) for _ in range(self.turns + 1)][1:]
         label = f"after {sum(self.sizes(name)[1:3])} tokens with one image, {self.dtype}"
         self.row(label, tuple(map(statistics.median, zip(*runs))), "{:.2f} s".format)
@@ -314,16 +322,16 @@ class Bench:
         sys.path.append(str(ROOT / "demo"))
         answer, folder = import_module("answer"), ROOT / "demo" / "checkpoint"
         processor, scene = import_module("processor").Processor(folder), str(ROOT / "demo" / "images" / "scene.png")
-        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(8 if self.turns < 5 else 32)]
+        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(8 if self.new_tokens < 32 else 32)]
 
         def ask(size: int) -> list[float]:
             start = time.perf_counter()
             for i in range(0, len(questions), size):
-                answer.ask(self.ours.model, processor, questions[i : i + size], 80 if self.turns > 1 else 4)
+                answer.ask(self.ours.model, processor, questions[i : i + size], 80 if self.new_tokens == 32 else 4)
             return [(time.perf_counter() - start) / len(questions)]
 
         for kind in ("", "int8"):
-            self.ours.open(str(folder), self.dtype, pack=True, quantize=kind or None)
+            self.ours.open(str(folder), self.dtype, self.device, pack=True, quantize=kind or None)
             (seconds,) = medians([[ask(8), ask(1)] for _ in range(self.turns + 1)][1:])
             label = f"demo, Describe this image., {self.dtype}{', ' * bool(kind)}{kind}"
             self.row(label, seconds, lambda value: f"{60 / value:.0f}")
@@ -340,6 +348,19 @@ class Bench:
                 self.row(f"{kind}, {what}", values, "{:.1f}".format)
 
 
+def copied() -> float:
+    """How fast a GPU copies within its memory, in GB/s."""
+    source, seconds = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_(), []
+    target = torch.empty_like(source)
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(source) / statistics.median(seconds) / 1e9
+
+
 def medians(runs: list[list[list[float]]]) -> list[tuple[float, ...]]:
     """[turn][side][value] -> [value][side]."""
     return list(zip(*([statistics.median(values) for values in zip(*side)] for side in zip(*runs))))
@@ -351,6 +372,8 @@ def main() -> None:
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: this CPU's fastest")
     add("--against", type=Path, metavar="FOLDER", help="another copy of the five files, in place of transformers")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--turns", type=int, default=5, help="after the warm-up (default: %(default)s)")
     add("--small", action="store_true", help="small sizes, to see that it runs")
     add("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -359,15 +382,18 @@ def main() -> None:
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if args.small:  # threads would only wait for each other
+        args.turns = 1
         os.environ["OMP_NUM_THREADS"] = "1"  # of the other process
         torch.set_num_threads(1)
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1] or "unknown CPU"
     versions = f"torch {torch.__version__}, transformers {version('transformers')}, {time.strftime('%Y-%m-%d')}"
     print(f"{name}, {torch.get_num_threads()} cores, {versions}{', small sizes' * args.small}", flush=True)
+    if args.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, which copies {copied():.0f} GB/s (bytes read and written)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
-        for name in args.sections or SECTIONS:
+        for name in args.sections or (SECTIONS if args.device == "cpu" else ON_A_GPU):
             getattr(bench, name)()  # another process ends with this one
 
 
