@@ -67,7 +67,7 @@ def draw_resolutions(scene: Scene) -> Image.Image:
 
 @dataclass
 class Curves:
-    """A training's numbers against its seconds, which start anew with each stage."""
+    """A training's numbers against its steps, which start anew with each stage."""
 
     stages: list[tuple[str, float]]  # a stage's name, and when it ended
     points: dict[str, list[tuple[float, float]]]
@@ -86,14 +86,14 @@ def read_history(file: Path) -> Curves:
         for row in own:
             for name, line in points.items():
                 if row[name]:
-                    line.append((clock + float(row["seconds"]), float(row[name]) / (highest if name == "loss" else 1)))
-        clock += float(own[-1]["seconds"])
+                    line.append((clock + float(row["step"]), float(row[name]) / (highest if name == "loss" else 1)))
+        clock += float(own[-1]["step"])
         stages.append((stage, clock))
     return Curves(stages, points)
 
 
 def draw_curves(curves: Curves, names: list[str], most: float = 1.0, step: float = 0.25) -> Image.Image:
-    """The named curves against minutes of training, from 0 to `most`; none goes on from one stage into the next."""
+    """The named curves against thousands of steps, from 0 to `most`; none goes on from one stage into the next."""
     left, top, width, height = 70, 50, 1000, 320
     canvas = Image.new("RGB", (left + width + 150, top + height + 60), PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -111,7 +111,7 @@ def draw_curves(curves: Curves, names: list[str], most: float = 1.0, step: float
         x, odd = place(end, 0)[0], i % 2  # in two rows, since some stages are short
         pen.line((x, top, x, top + height), fill=GREY)
         pen.text(((place(start, 0)[0] + x) / 2, top - 8 - 18 * odd), stage, fill=INK, font=font(14), anchor="mb")
-        pen.text((x, top + height + 6 + 18 * odd), f"{end / 60:.0f} min", fill=INK, font=font(14), anchor="mt")
+        pen.text((x, top + height + 6 + 18 * odd), f"{end / 1000:.1f}k", fill=INK, font=font(14), anchor="mt")
         start = end
     for i, name in enumerate(names):
         color = "#8c8c94" if name == "loss" else PALETTE[i]

@@ -41,7 +41,7 @@ from processor import Processor
 
 KINDS = {"vl": VLLessons, "vl2": VL2Lessons}
 WARMUP = 100
-REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 1000, 30
+REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
 
 
 class Run:

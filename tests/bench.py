@@ -299,7 +299,8 @@ class Bench:
         if self.device == "cuda":
             kinds = tuple(f"{kind}{how}" for kind in kinds if "compiled" not in kind for how in ("", " compiled"))
         for kind in kinds:
-            options = {"quantize": next((k for k in ("int8", "int4") if k in kind), None), "compiled": "compiled" in kind}
+            bits = next((name for name in ("int8", "int4") if name in kind), None)
+            options = {"quantize": bits, "compiled": "compiled" in kind}
             first, step = self.compare(name, "answer", self.new_tokens, *self.sizes(name), **options)
             label = f", {kind.strip()}" if kind else ""
             if not options["compiled"]:  # only steps are
@@ -322,7 +323,8 @@ class Bench:
         sys.path.append(str(ROOT / "demo"))
         answer, folder = import_module("answer"), ROOT / "demo" / "checkpoint"
         processor, scene = import_module("processor").Processor(folder), str(ROOT / "demo" / "images" / "scene.png")
-        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(8 if self.new_tokens < 32 else 32)]
+        count = 8 if self.new_tokens < 32 else 32
+        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(count)]
 
         def ask(size: int) -> list[float]:
             start = time.perf_counter()
