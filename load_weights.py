@@ -32,99 +32,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import (
-    MODELS,
-    DeepseekVL,
-    ExpertsConfig,
-    LanguageConfig,
-    LatentConfig,
-    ModelConfig,
-    YarnConfig,
-    rope_angles,
-)
-from processor import Tokenizer, check_is_no_pointer, load_tokenizer, read_json
+from model import MODELS, DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
+from processor import Settings, Tokenizer, check_is_no_pointer, load_tokenizer, read_json
 from vision import HybridConfig, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
 
-# Larger numbers mean a damaged config, which is refused before it costs time and memory.
-MAX_NUMBER = 2**31 - 1
-MAX_BLOCKS = 20_000  # layers, or layers times experts; DeepSeek-VL2 has 30 x 72
+# Numbers outside these bounds mean a damaged config, which is refused before it costs time and memory.
+LEAST = {int: 1, float: 1e-20}
+MOST = 2**31 - 1
+MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "mscale", "mscale_all_dim", "pixel_mean"}
+# Keys that hold one of a few words, and mean the first where they are absent.
+WORDS = {"topk_method": ("greedy", "group_limited_greedy", "noaux_tc"), "scoring_func": ("softmax", "sigmoid")}
 
-# All other numbers must be above zero, and all other lists as long as their default.
-MAY_BE_ZERO = {
-    *("n_shared_experts", "first_k_dense_replace", "mscale", "mscale_all_dim", "global_attn_indexes", "pixel_mean")
-}
-ANY_LENGTH = {"global_attn_indexes"}
-
-
-class Section:
-    """A JSON object of a config. It knows its own name, for errors."""
-
-    def __init__(self, values: Any, name: str):
-        if not isinstance(values, dict):
-            raise ValueError(f"{name}: expected an object, found {type(values).__name__}")
-        self.values, self.name = values, name
-
-    def section(self, key: str) -> Section:
-        """The object inside; an absent or null one is empty."""
-        value = self.values.get(key)
-        return Section({} if value is None else value, f"{self.name}: {key}")
-
-    def get(self, key: str, default: Any) -> Any:
-        """A value of the default's type: bool, int, float, or a tuple of numbers. Absent or null: the default.
-
-        Raises: ValueError that names the file and the key, and what was expected.
-        """
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if isinstance(default, bool):
-            return self.expect(key, default, not default)
-        if not isinstance(default, tuple):
-            return self._number(key, value, type(default), key in MAY_BE_ZERO)
-        if not isinstance(value, list) or (key not in ANY_LENGTH and len(value) != len(default)):
-            count = "some" if key in ANY_LENGTH else len(default)
-            raise ValueError(f"{self.name}: {key} is {value!r}, expected a list of {count} numbers")
-        wanted, zero = type(default[0]), key in MAY_BE_ZERO
-        return tuple(self._number(f"{key}[{i}]", number, wanted, zero) for i, number in enumerate(value))
-
-    def _number(self, key: str, value: Any, wanted: type, zero: bool) -> Any:
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
-        if not fits or not (0 <= value if zero else 0 < value) or value > MAX_NUMBER:
-            kind = {int: "an integer", float: "a number"}[wanted]
-            bound = f"of {wanted()} or more" if zero else "above 0"
-            raise ValueError(f"{self.name}: {key} is {value!r}, expected {kind} {bound}, at most {MAX_NUMBER}")
-        return wanted(value)
-
-    def expect(self, key: str, *allowed: Any) -> Any:
-        """The value, which must be one of `allowed`; an absent or null one is the first of them."""
-        value = self.values.get(key)
-        value = allowed[0] if value is None else value
-        if value not in allowed:
-            choices = " or ".join(repr(choice) for choice in allowed)
-            raise ValueError(f"{self.name}: {key} is {value!r}, only {choices} is supported")
-        return value
-
-
-def fill(defaults: Any, section: Section, keys: dict[str, str] | None = None, **known: Any) -> Any:
-    """A config dataclass from a section. An absent key takes the field's value in `defaults`.
-
-    Only fields that hold numbers, truth values or tuples of numbers are read.
-
-    Args:
-        keys: field -> key of the file, where the two differ.
-        known: fields that are not read from the section.
-    """
-    keys, read = keys or {}, {}
-    for field in fields(defaults):
-        default = getattr(defaults, field.name)
-        if field.name not in known and isinstance(default, (int, float, tuple)):
-            read[field.name] = section.get(keys.get(field.name, field.name), default)
-    return replace(defaults, **read, **known)
-
-
-# Keys of the files whose names differ from the fields'.
+# Fields whose names differ from the files' keys.
 SAM_KEYS = {"window": "window_size", "global_layers": "global_attn_indexes"}
 OFFICIAL_KEYS = {**SAM_KEYS, "mean": "pixel_mean", "std": "pixel_std"}
 TRANSFORMERS_KEYS = {
@@ -142,136 +63,169 @@ TOWERS = {
 # What absent keys mean: the defaults of the class that wrote the file.
 TRANSFORMERS_SIGLIP = SigLIPConfig(image_size=224, width=768, layers=12, heads=12, mlp_width=3072)
 LLAMA = LanguageConfig(vocab_size=32000, num_hidden_layers=32, max_position_embeddings=2048)  # LlamaConfig
-DEEPSEEK_V2 = LanguageConfig(max_position_embeddings=2048)  # DeepseekV2Config
-DEEPSEEK_V2_EXPERTS = ExpertsConfig(
-    n_shared_experts=0, num_experts_per_tok=1, moe_intermediate_size=1407, first_k_dense_replace=0
+DEEPSEEK_V2 = LanguageConfig(  # DeepseekV2Config
+    max_position_embeddings=2048,
+    latent=LatentConfig(q_lora_rank=1536),
+    experts=ExpertsConfig(
+        n_shared_experts=0, num_experts_per_tok=1, moe_intermediate_size=1407, first_k_dense_replace=0
+    ),
 )
-DEEPSEEK_V2_QUERY_RANK = 1536
 
 
-def official_tower(section: Section, name: str) -> SigLIPConfig | SAMConfig:
-    section.expect("model_name", name)
+class Section(Settings):
+    """An object of config.json. As in transformers, null means absent."""
+
+    def __init__(self, values: Any, name: str):
+        super().__init__(values, name)
+        self.name = name
+        self.nulls = [key for key, value in self.values.items() if value is None]
+        for key in self.nulls:
+            del self.values[key]
+
+    def section(self, key: str) -> Section:
+        """The object inside; an absent one is empty."""
+        return Section(self.values.get(key), f"{self.name}: {key}")
+
+    def only(self, **supported: Any) -> None:
+        """Refuse any other value of these keys. They may be absent."""
+        for key, value in supported.items():
+            self.one_of(key, value)
+
+    def get(self, key: str, default: Any) -> Any:
+        """A value of the default's type: one of WORDS, bool, int, float, or a tuple of as many numbers.
+
+        Raises: ValueError that names the file and the key, and what was expected.
+        """
+        if key in WORDS:
+            return self.one_of(key, *WORDS[key])
+        if isinstance(default, bool):
+            return self.one_of(key, default, not default)
+        several = isinstance(default, tuple)
+        defaults = default if several else (default,)
+        kind = type(defaults[0])
+        numbers = self.numbers(key, defaults, 0 if key in MAY_BE_ZERO else LEAST[kind], MOST, kind)
+        return tuple(map(kind, numbers)) if several else kind(numbers[0])
+
+
+def fill(defaults: Any, section: Section, keys: dict[str, str] = OFFICIAL_KEYS, **known: Any) -> Any:
+    """A config dataclass from a section. An absent key takes the field's value in `defaults`.
+
+    Args:
+        keys: field -> key of the file, where the two differ.
+        known: fields that are not read from the section. Other dataclasses are never read from it.
+    """
+    for field in fields(defaults):
+        key, default = keys.get(field.name, field.name), getattr(defaults, field.name)
+        if field.name not in known and (key in WORDS or isinstance(default, (int, float, tuple))):
+            known[field.name] = section.get(key, default)
+    return replace(defaults, **known)
+
+
+def global_layers(section: Section, layers: int) -> tuple[int, ...]:
+    """SAM's layers that attend to the whole image and not to windows."""
+    key = "global_attn_indexes"
+    indexes = section.values.get(key, list(SAMConfig.global_layers))
+    fit = isinstance(indexes, list) and all(type(index) is int and 0 <= index < layers for index in indexes)
+    if not fit or not indexes:
+        section.refuse(key, f"a list of SAM layers, integers from 0 to {layers - 1}")
+    return tuple(indexes)
+
+
+def official_tower(section: Section, name: str, **known: Any) -> SigLIPConfig | SAMConfig:
+    section.only(model_name=name, select_feature="same", select_layer=-1)
     defaults, mlp_ratio = TOWERS[name]
     width = section.get("width", defaults.width)
-    return fill(defaults, section, OFFICIAL_KEYS, mlp_width=int(width * section.get("mlp_ratio", mlp_ratio)))
-
-
-def official_siglip(section: Section, name: str = "siglip_large_patch16_384") -> SigLIPConfig:
-    section.expect("select_feature", "same")
-    section.expect("select_layer", -1)
-    return official_tower(section, name)
+    return fill(defaults, section, mlp_width=int(width * section.get("mlp_ratio", mlp_ratio)), **known)
 
 
 def official_vision(config: Section) -> SigLIPConfig | HybridConfig:
-    kind = config.expect("cls", "CLIPVisionTower", "HybridVisionTower")
     params = config.section("params")
-    if kind == "CLIPVisionTower":
-        return official_siglip(params)
+    if config.one_of("cls", "CLIPVisionTower", "HybridVisionTower") == "CLIPVisionTower":
+        return official_tower(params, "siglip_large_patch16_384")
+    params.only(concat_type="tuple")
     low, high = params.section("low_res_cfg"), params.section("high_res_cfg")
-    params.expect("concat_type", "tuple")
+    indexes = global_layers(high, high.get("layers", SAMConfig.layers))
     return HybridConfig(
-        low=official_siglip(low),
-        high=official_tower(high, "sam_b_downsample"),
-        low_norm=fill(HybridConfig.low_norm, low, OFFICIAL_KEYS),
-        high_norm=fill(HybridConfig.high_norm, high, OFFICIAL_KEYS),
+        low=official_tower(low, "siglip_large_patch16_384"),
+        high=official_tower(high, "sam_b_downsample", global_layers=indexes),
+        low_norm=fill(HybridConfig.low_norm, low),
+        high_norm=fill(HybridConfig.high_norm, high),
     )
 
 
+def official_config(config: Section) -> ModelConfig:
+    vision = official_vision(config.section("vision_config"))
+    projector = "low_high_hybrid_split_mlp_gelu" if isinstance(vision, HybridConfig) else "mlp_gelu"
+    config.section("aligner_config").section("params").only(projector_type=projector, depth=2)
+    return ModelConfig(vision, llama(config.section("language_config")))
+
+
 def transformers_siglip(config: Section) -> SigLIPConfig:
-    config.expect("model_type", "siglip_vision_model")
-    act = config.expect("hidden_act", "gelu_pytorch_tanh", "gelu")
+    config.only(model_type="siglip_vision_model")
+    act = config.one_of("hidden_act", "gelu_pytorch_tanh", "gelu")
     return fill(TRANSFORMERS_SIGLIP, config, TRANSFORMERS_KEYS, gelu="exact" if act == "gelu" else "tanh")
 
 
 def transformers_sam(config: Section) -> SAMConfig:
-    config.expect("model_type", "sam_vision_model")
-    for key in ("qkv_bias", "use_abs_pos", "use_rel_pos"):
-        config.expect(key, True)
-    config.expect("hidden_act", "gelu")
-    width = config.get("hidden_size", SAMConfig.width)
-    channels = config.get("output_channels", SAMConfig.neck_channels)
-    return fill(
-        SAMConfig(),
-        config,
-        TRANSFORMERS_KEYS,
-        mlp_width=config.get("mlp_dim", int(width * config.get("mlp_ratio", 4.0))),
-        downsample_channels=(2 * channels, 4 * channels),
-    )
+    config.only(model_type="sam_vision_model", hidden_act="gelu", qkv_bias=True, use_abs_pos=True, use_rel_pos=True)
+    indexes = global_layers(config, config.get("num_hidden_layers", SAMConfig.layers))
+    sam = fill(SAMConfig(), config, TRANSFORMERS_KEYS, global_layers=indexes)
+    mlp_width = config.get("mlp_dim", int(sam.width * config.get("mlp_ratio", 4.0)))
+    return replace(sam, mlp_width=mlp_width, downsample_channels=(2 * sam.neck_channels, 4 * sam.neck_channels))
+
+
+def transformers_config(config: Section) -> ModelConfig:
+    vision, text = transformers_siglip(config.section("vision_config")), config.section("text_config")
+    if config.values["model_type"] == "deepseek_vl_hybrid":
+        vision = HybridConfig(low=vision, high=transformers_sam(config.section("high_res_vision_config")))
+    text.values["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
+    return ModelConfig(vision, llama(text), image_token_id=config.get("image_token_id", 100015))
 
 
 def language_model(config: Section, defaults: LanguageConfig, **known: Any) -> LanguageConfig:
     """What LlamaConfig and DeepseekV2Config share. By default, heads share no keys and split the width."""
-    config.expect("hidden_act", "silu")
-    config.expect("attention_bias", False)
+    config.only(hidden_act="silu", attention_bias=False)
     heads = config.get("num_attention_heads", defaults.num_attention_heads)
-    head_dim = config.get("hidden_size", defaults.hidden_size) // heads
+    head_dim = max(config.get("hidden_size", defaults.hidden_size) // heads, 1)
     return fill(replace(defaults, num_key_value_heads=heads, head_dim=head_dim), config, **known)
 
 
 def llama(config: Section) -> LanguageConfig:
     """The language model of DeepSeek-VL."""
-    config.expect("model_type", "llama")
-    config.expect("mlp_bias", False)
-    config.expect("rope_scaling", None)
+    config.only(model_type="llama", mlp_bias=False, rope_scaling=None)
     rope = config.section("rope_parameters")  # newer files; older ones have rope_theta beside the sizes
-    rope.expect("rope_type", "default")
+    rope.only(rope_type="default")
     theta = rope.get("rope_theta", config.get("rope_theta", LLAMA.rope_theta))
     return language_model(config, LLAMA, rope_theta=theta)
-
-
-def official_config(config: Section) -> ModelConfig:
-    vision = official_vision(config.section("vision_config"))
-    aligner = config.section("aligner_config").section("params")
-    hybrid = isinstance(vision, HybridConfig)
-    aligner.expect("projector_type", "low_high_hybrid_split_mlp_gelu" if hybrid else "mlp_gelu")
-    aligner.expect("depth", 2)
-    return ModelConfig(vision, llama(config.section("language_config")))
-
-
-def transformers_config(config: Section) -> ModelConfig:
-    vision = transformers_siglip(config.section("vision_config"))
-    if config.values["model_type"] == "deepseek_vl_hybrid":
-        vision = HybridConfig(low=vision, high=transformers_sam(config.section("high_res_vision_config")))
-    tie = config.expect("tie_word_embeddings", True, False)
-    text = Section({**config.section("text_config").values, "tie_word_embeddings": tie}, f"{config.name}: text_config")
-    return ModelConfig(vision, llama(text), image_token_id=config.get("image_token_id", 100015))
 
 
 def deepseek_v2(config: Section) -> LanguageConfig:
     """The language model of DeepSeek-VL2. Absent or null, `n_routed_experts` and `rope_scaling` mean: none."""
     latent = experts = yarn = None
-    if config.expect("use_mla", True, False):
-        rank = config.values.get("q_lora_rank", DEEPSEEK_V2_QUERY_RANK)  # null means: none
-        rank = None if rank is None else config.get("q_lora_rank", DEEPSEEK_V2_QUERY_RANK)
-        latent = fill(LatentConfig(), config, q_lora_rank=rank)
-    if config.values.get("n_routed_experts") is not None:
-        method = config.expect("topk_method", "greedy", "group_limited_greedy", "noaux_tc")
-        score = config.expect("scoring_func", "softmax", "sigmoid")
-        experts = fill(DEEPSEEK_V2_EXPERTS, config, topk_method=method, scoring_func=score)
-    if config.values.get("rope_scaling") is not None:
+    if config.get("use_mla", True):
+        latent = fill(DEEPSEEK_V2.latent, config)
+        if "q_lora_rank" in config.nulls:  # here null is not absent
+            latent = replace(latent, q_lora_rank=None)
+    if "n_routed_experts" in config.values:
+        experts = fill(DEEPSEEK_V2.experts, config)
+    if "rope_scaling" in config.values:
         scaling = config.section("rope_scaling")
-        kind = scaling.values.get("type", scaling.values.get("rope_type"))
-        if kind != "yarn":
-            raise ValueError(f"{scaling.name}: type is {kind!r}, only 'yarn' is supported")
+        key = "type" if "type" in scaling.values else "rope_type"
+        if scaling.values.get(key) != "yarn":
+            scaling.refuse(key, "'yarn'")
         yarn = fill(YarnConfig(factor=1.0), scaling)
     language = language_model(config, DEEPSEEK_V2, latent=latent, experts=experts, yarn=yarn)
-    return replace(language, head_dim=language.hidden_size // language.num_attention_heads)
+    return replace(language, head_dim=language.hidden_size // language.num_attention_heads)  # whatever the file says
 
 
 def vl2_config(config: Section) -> ModelConfig:
-    config.expect("tile_tag", "2D")
-    projector = config.section("projector_config")
-    projector.expect("projector_type", "downsample_mlp_gelu")
-    projector.expect("depth", 2)
-    view = config.expect("global_view_pos", "head", "tail")
-    tiles = fill(TileConfig(), projector, global_view_first=view == "head")
-    vision = official_siglip(config.section("vision_config"), "siglip_so400m_patch14_384")
-    language = deepseek_v2(config.section("language_config"))
-    for key, default, needed in (("input_dim", 1152, vision.width), ("n_embed", 2048, language.hidden_size)):
-        found = projector.get(key, default)
-        if found != needed:
-            raise ValueError(f"{projector.name}: {key} is {found}, expected {needed} to fit its neighbours")
-    return ModelConfig(vision, language, tiles)
+    config.only(tile_tag="2D")
+    vision = official_tower(config.section("vision_config"), "siglip_so400m_patch14_384")
+    language, projector = deepseek_v2(config.section("language_config")), config.section("projector_config")
+    projector.values = {"input_dim": 1152, "n_embed": 2048} | projector.values
+    projector.only(projector_type="downsample_mlp_gelu", depth=2, input_dim=vision.width, n_embed=language.hidden_size)
+    view = config.one_of("global_view_pos", "head", "tail")
+    return ModelConfig(vision, language, fill(TileConfig(), projector, global_view_first=view == "head"))
 
 
 def read_config(path: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
@@ -298,11 +252,10 @@ def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> 
     if not file.is_file():
         hint = download_hint(folder)
         raise ValueError(f"{file}: no such file, expected a checkpoint folder with a config.json{hint}")
-    values = read_json(file)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        raise ValueError(f"{file}: model_type is {kind!r}, expected one of {', '.join(LAYOUTS)}")
-    whole = Section(values, str(file))
+    whole = Section(read_json(file), str(file))
+    kind = whole.values.get("model_type")
+    if kind not in list(LAYOUTS):
+        whole.refuse("model_type", f"one of {', '.join(LAYOUTS)}")
     for part in (whole, whole.section("language_config"), whole.section("text_config")):
         quantization = part.section("quantization_config").values
         if quantization:
@@ -311,79 +264,59 @@ def read_layout_and_config(folder: Path, tokenizer: Tokenizer | None = None) -> 
     layout = LAYOUTS[kind]
     config = layout.read_config(whole)
     check_sizes(config, file)
-    image_token_id, end_token_ids = find_token_ids(folder, config, tokenizer)
-    return layout, replace(config, image_token_id=image_token_id, end_token_ids=end_token_ids)
+    return layout, with_token_ids(config, folder, tokenizer)
 
 
-def most_blocks(config: ModelConfig) -> int:
-    """The decoder's layers, its experts, or a vision tower's blocks, whichever are more. Each has its own tensors."""
-    language, vision = config.language, config.vision
-    towers = (vision.low, vision.high) if isinstance(vision, HybridConfig) else (vision,)
-    layers, experts = language.num_hidden_layers, language.experts.n_routed_experts if language.experts else 0
-    experts *= sum(language.has_experts(layer) for layer in range(min(layers, MAX_BLOCKS)))
-    return max(layers, experts, *(tower.layers for tower in towers))
+def towers(config: ModelConfig) -> list[SigLIPConfig | SAMConfig]:
+    vision = config.vision
+    return [vision.low, vision.high] if isinstance(vision, HybridConfig) else [vision]
 
 
 def check_sizes(config: ModelConfig, file: Path) -> None:
     """Raise ValueError where the sizes do not fit each other."""
-
-    def check(fits: bool, message: str) -> None:
+    language, e = config.language, config.language.experts
+    heads, kv_heads = language.num_attention_heads, language.num_key_value_heads
+    rope_dim, theta = language.rope_dim, language.rope_theta
+    checks = [
+        (heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly"),
+        (rope_dim >= 2 and rope_dim % 2 == 0, f"heads of {rope_dim} values cannot be rotated in pairs"),
+        (not language.yarn or abs(theta - 1) > 1e-6, f"rope_theta {theta} gives equal rotations, which have no YaRN"),
+    ]
+    for t in towers(config):
+        checks += [
+            (t.width % t.heads == 0, f"vision width {t.width} is no multiple of {t.heads} heads"),
+            (t.image_size >= t.patch_size, f"a {t.image_size} pixel image holds no {t.patch_size} pixel patch"),
+        ]
+    if e is not None:
+        choosable = e.n_routed_experts // e.n_group * (e.n_group if e.topk_method == "greedy" else e.topk_group)
+        fits = e.n_routed_experts % e.n_group == 0 and e.topk_group <= e.n_group and e.num_experts_per_tok <= choosable
+        wanted = f"{e.num_experts_per_tok} experts a token, of {e.topk_group} in {e.n_group} groups"
+        checks.append((fits, f"language_config: {wanted}, do not fit {e.n_routed_experts} experts"))
+    for fits, message in checks:
         if not fits:
             raise ValueError(f"{file}: {message}")
 
-    language, towers, e = config.language, [config.vision], config.language.experts
-    if isinstance(config.vision, HybridConfig):
-        sam, towers = config.vision.high, [config.vision.low, config.vision.high]
-        fit = sam.global_layers and max(sam.global_layers) < sam.layers
-        check(bool(fit), f"global_attn_indexes do not fit {sam.layers} SAM layers")
-    if e is not None:
-        choosable = e.n_routed_experts
-        if e.topk_method != "greedy":
-            choosable = e.n_routed_experts // e.n_group * e.topk_group
-        check(
-            e.n_routed_experts % e.n_group == 0 and e.topk_group <= e.n_group and e.num_experts_per_tok <= choosable,
-            f"language_config: {e.num_experts_per_tok} experts a token, of {e.topk_group} in {e.n_group} groups, "
-            f"do not fit {e.n_routed_experts} experts",
-        )
-    blocks = most_blocks(config)
-    check(blocks <= MAX_BLOCKS, f"{blocks} layers or experts, expected at most {MAX_BLOCKS}")
-    heads, kv_heads, rope_dim = language.num_attention_heads, language.num_key_value_heads, language.rope_dim
-    check(heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
-    check(rope_dim >= 2 and rope_dim % 2 == 0, f"heads of {rope_dim} values cannot be rotated in pairs")
-    for t in towers:
-        check(t.width % t.heads == 0, f"vision width {t.width} is no multiple of {t.heads} heads")
-        check(t.image_size >= t.patch_size, f"a {t.image_size} pixel image holds no {t.patch_size} pixel patch")
-    last = torch.full((1, 1), language.max_position_embeddings, device="cpu")  # turns most
-    try:
-        finite = all(bool(part.isfinite().all()) for part in rope_angles(last, language))
-    except (ArithmeticError, ValueError):
-        finite = False
-    if not finite:
-        raise ValueError(f"{file}: rope_theta and rope_scaling give rotations that are not finite")
 
-
-def find_token_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Any, tuple[int, ...]]:
-    """The image token's id and the ids that end an answer; None and () where no file names them.
+def with_token_ids(config: ModelConfig, folder: Path, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with the image token's id and the ids that end an answer; None and () where no file names them.
 
     The end tokens are those of generation_config.json, without it the tokenizer's own end token.
     """
-    image_token_id, end_token_ids = config.image_token_id, ()
+    image_token_id, ends = config.image_token_id, []
     if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if image_token_id is None:
             image_token_id = tokenizer.token_to_id("<image>" if config.tiles else "<image_placeholder>")
-        if tokenizer.eos_token_id is not None:
-            end_token_ids = (tokenizer.eos_token_id,)
     file = folder / "generation_config.json"
     if file.exists():
-        ids = read_json(file).get("eos_token_id")
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int for i in ids):
-                raise ValueError(f"{file}: eos_token_id is {ids!r}, expected an integer or a list of them")
-            end_token_ids = tuple(ids)
-    return image_token_id, end_token_ids
+        generation = Section(read_json(file), str(file))
+        ends = generation.values.get("eos_token_id", ends)
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(type(id) is int for id in ends):
+            generation.refuse("eos_token_id", "an integer or a list of them")
+    return replace(config, image_token_id=image_token_id, end_token_ids=tuple(ends))
 
 
 # ---------------------------------------------------------------------------- tensor names
@@ -1027,7 +960,7 @@ def load_model(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)
-    blocks = most_blocks(config)
+    blocks = most_blocks(config, len(files))
     if blocks > len(files):  # found before thousands of them are built
         raise ValueError(f"{folder}: missing tensors, {len(files)} for the {blocks} layers or experts of config.json")
     head = checkpoint_names("lm_head.weight", layout.names)[0]
@@ -1083,6 +1016,15 @@ def load_model(
         if pack:
             model.lm_head = packed("lm_head", model.lm_head)
     return model.eval()
+
+
+def most_blocks(config: ModelConfig, limit: int) -> int:
+    """The decoder's layers, its experts, or a tower's blocks, whichever are more; experts count up to the limit."""
+    language, blocks = config.language, max(config.language.num_hidden_layers, *(t.layers for t in towers(config)))
+    if language.experts and blocks <= limit:
+        layers = sum(map(language.has_experts, range(language.num_hidden_layers)))
+        blocks = max(blocks, layers * language.experts.n_routed_experts)
+    return blocks
 
 
 def by_module(expected: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
