@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import MODELS, DeepseekVL, ExpertsConfig, LanguageConfig, LatentConfig, ModelConfig, YarnConfig
-from processor import Settings, Tokenizer, check_is_no_pointer, load_tokenizer, read_json
+from processor import Settings, Tokenizer, check_is_no_pointer, load_tokenizer, read_json, reason
 from vision import HybridConfig, SAMConfig, SigLIPConfig, TileConfig
 
 # ---------------------------------------------------------------------------- config.json
@@ -419,36 +419,32 @@ def checkpoint_names(name: str, table: list[tuple[str, str]]) -> list[str]:
     """The name or names that a parameter of the model has in a checkpoint."""
     for theirs, ours in table:
         match = re.fullmatch(re.escape(ours).replace(r"\*", "(.+)"), name)
-        if match is None:
-            continue
-        for text in match.groups():
-            theirs = theirs.replace("*", text, 1)
-        braces = re.search(r"\{(.+)\}", theirs)
-        if braces is None:
-            return [theirs]
-        return [theirs.replace(braces.group(), choice) for choice in braces.group(1).split(",")]
+        if match:
+            theirs = theirs.replace("*", "%s") % match.groups()
+            braces = re.search(r"\{(.+)\}", theirs)
+            return [theirs.replace(braces[0], choice) for choice in braces[1].split(",")] if braces else [theirs]
     raise KeyError(name)
 
 
 def expected_tensors(model: DeepseekVL, layout: Layout, found: set[str]) -> dict[str, Target]:
-    """Every tensor that a checkpoint of this layout must hold for this model.
+    """Every tensor that a checkpoint of this layout must hold for this model. A tied head is left out.
 
     Args:
         found: the names that are in the files; they tell the two eras of transformers' names apart.
     """
-    double = any(name.startswith("model.vision_model.vision_model.") for name in found)
+    siglip = _SIGLIP
+    if any(name.startswith(f"{_SIGLIP}.vision_model.") for name in found):
+        siglip += ".vision_model"
     expected = {}
     for name, parameter in model.state_dict().items():
-        theirs = checkpoint_names(name, layout.names)
-        shape = tuple(parameter.shape)
+        if name == "lm_head.weight" and model.config.language.tie_word_embeddings:
+            continue
+        theirs, shape = checkpoint_names(name, layout.names), tuple(parameter.shape)
         if layout.names is TRANSFORMERS_NAMES and name.endswith("pos_embed") and len(shape) == 3:
             shape = shape[1:]  # SigLIP's positions are (1, N, D) officially, (N, D) in transformers' files
-        part_shape = (shape[0] // len(theirs), *shape[1:])
         dtypes = FLOATS if parameter.is_floating_point() else (parameter.dtype,)
-        for their_name in theirs:
-            if double:
-                their_name = re.sub(r"^model\.vision_model\.", "model.vision_model.vision_model.", their_name)
-            expected[their_name] = Target(name, part_shape, dtypes)
+        target = Target(name, (shape[0] // len(theirs), *shape[1:]), dtypes)
+        expected |= dict.fromkeys((their_name.replace(_SIGLIP, siglip) for their_name in theirs), target)
     return expected
 
 
@@ -469,25 +465,22 @@ class WeightFile:
         check_is_no_pointer(path)
         try:
             if path.suffix == ".safetensors":
-                self._file = safe_open(path, framework="pt")
-                self.names = set(self._file.keys())
+                file = safe_open(path, framework="pt")
+                self.names, self._tensor = set(file.keys()), file.get_tensor
             else:
-                self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                self.names = names_of_tensors(self._file)
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                self.names, self._tensor = names_of_tensors(tensors), tensors.__getitem__
         except (UnpicklingError, EOFError, LookupError):  # torch's text for these advises to run the pickle
             raise ValueError(f"{path}: not a readable weight file (not a pickle of tensors alone)") from None
         except Exception as error:  # both libraries raise many kinds on a damaged file
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{path}: not a readable weight file ({reason})") from None
+            raise ValueError(f"{path}: not a readable weight file ({reason(error)})") from None
 
     def read(self, name: str) -> Tensor:
         """Raises: ValueError for a dtype that torch lacks."""
-        if isinstance(self._file, dict):
-            return self._file[name]
         try:
-            return self._file.get_tensor(name)
+            return self._tensor(name)
         except (SafetensorError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.path}: tensor {name} cannot be read ({str(error)[:200]})") from None
+            raise ValueError(f"{self.path}: tensor {name} cannot be read ({reason(error)})") from None
 
 
 def names_of_tensors(pickled: Any) -> set[str]:
@@ -549,11 +542,11 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
     missing = sorted(expected.keys() - files.keys())
     if missing:
         wrapped = next((name for name in files if name.endswith(f".{missing[0]}")), None)
-        if wrapped is not None:  # by DataParallel, "module."; torch.compile, "_orig_mod."; PEFT, "base_model.model."
+        if wrapped:  # by DataParallel, "module."; torch.compile, "_orig_mod."; PEFT, "base_model.model."
             prefix = wrapped.removesuffix(missing[0])[-100:]
             raise ValueError(f"{folder}: tensors are named {prefix}..., save the model without what wrapped it")
-        target = expected[missing[0]]
-        raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {list(target.shape)}")
+        shape = list(expected[missing[0]].shape)
+        raise ValueError(f"{folder}: missing tensor {listed(missing)}, expected shape {shape}")
     unused = [re.escape(theirs).replace(r"\*", ".*") for theirs, ours in layout.names if ours == UNUSED]
     unused.append(STRAY_BUFFERS)
     extra = sorted(name for name in files.keys() - expected.keys() if not re.fullmatch("|".join(unused), name))
@@ -564,8 +557,7 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
         if tensor.shape != target.shape:
             raise ValueError(f"{where} has shape {list(tensor.shape)}, config.json says {list(target.shape)}")
         if tensor.dtype not in target.dtypes:
-            wanted = f"one of {FLOATS}" if target.dtypes == FLOATS else target.dtypes[0]
-            raise ValueError(f"{where} holds {tensor.dtype}, expected {wanted}")
+            raise ValueError(f"{where} holds {tensor.dtype}, expected one of {target.dtypes}")
 
 
 # ---------------------------------------------------------------------------- how weights lie in memory
@@ -951,7 +943,7 @@ def load_model(
     """
     folder = Path(path)
     try:
-        torch.empty(0, device=torch.device(device))
+        device = torch.empty(0, device=torch.device(device)).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
@@ -960,71 +952,63 @@ def load_model(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)
-    blocks = most_blocks(config, len(files))
-    if blocks > len(files):  # found before thousands of them are built
-        raise ValueError(f"{folder}: missing tensors, {len(files)} for the {blocks} layers or experts of config.json")
-    head = checkpoint_names("lm_head.weight", layout.names)[0]
-    if head in files:  # a head that is in the file is its own tensor, whatever the config says
+    if checkpoint_names("lm_head.weight", layout.names)[0] in files:  # then it is not tied, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
-    tied = config.language.tie_word_embeddings
-    try:
-        with torch.device("meta"):
-            model = DeepseekVL(config)
-    except (RuntimeError, TypeError) as error:  # without memory, all that can fail is counting the bytes
-        raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory") from error
+    model = model_without_memory(config, files, folder)
     stored = expect_stored_quantization(model, layout, files)
     if stored and quantize not in (None, stored):
         raise ValueError(f"{folder}: holds {stored} weights, which cannot become {quantize}")
     chosen = set() if stored or quantize is None else set(layers_to_quantize(model, quantize))
     expected = expected_tensors(model, layout, set(files))
-    if tied:
-        del expected[head]
     check_tensors(expected, files, layout, folder)
     if dtype is None:
         embedding = checkpoint_names("language.embed_tokens.weight", layout.names)[0]
         dtype = files[embedding].read(embedding).dtype
-        if dtype == torch.float16 and torch.device(device).type == "cpu":
+        if dtype == torch.float16 and device.type == "cpu":
             dtype = torch.float32
 
-    modules, workspace, done = by_module(expected), Workspace(), 0
-    for name, parameters in modules.items():
+    workspace, done = Workspace(), 0
+    for name, parameters in by_module(expected).items():
         module, tensors = model.get_submodule(name), {}
         for parameter, theirs in parameters.items():
             parts = [files[their_name].read(their_name) for their_name in theirs]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             tensors[parameter] = tensor.reshape(getattr(module, parameter).shape)
-        # A layer that a CPU packs is converted as it is packed, in the workspace.
-        later = pack and isinstance(module, nn.Linear) and torch.device(device).type == "cpu"
-        layer = module
         if name in chosen:
-            layer = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
+            module = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
         else:
-            place(module, tensors, device, None if later else dtype)
+            later = pack and isinstance(module, nn.Linear) and device.type == "cpu"  # packing converts, in the workspace
+            tensors = {key: converted(tensor, device, None if later else dtype) for key, tensor in tensors.items()}
+            module.load_state_dict(tensors, strict=False, assign=True)
         if pack:
-            layer = packed(name, layer, dtype, workspace)
-        if layer is not module:
-            replace_module(model, name, layer)
-        elif later:
-            module.to(dtype)
+            module = packed(name, module, dtype, workspace)
+        replace_module(model, name, module.to(dtype))
         if name == "lm_head":
             workspace = Workspace()  # a buffer of the head's size is not kept
         done += sum(map(len, parameters.values()))
         if progress is not None:
             progress(done / len(expected))
-    if tied:
+    if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
         if pack:
             model.lm_head = packed("lm_head", model.lm_head)
     return model.eval()
 
 
-def most_blocks(config: ModelConfig, limit: int) -> int:
-    """The decoder's layers, its experts, or a tower's blocks, whichever are more; experts count up to the limit."""
-    language, blocks = config.language, max(config.language.num_hidden_layers, *(t.layers for t in towers(config)))
-    if language.experts and blocks <= limit:
+def model_without_memory(config: ModelConfig, files: dict[str, WeightFile], folder: Path) -> DeepseekVL:
+    """The model with parameters on the meta device. Raises: ValueError for sizes that no such files can have."""
+    language = config.language
+    blocks = max(language.num_hidden_layers, *(tower.layers for tower in towers(config)))
+    if language.experts and blocks <= len(files):
         layers = sum(map(language.has_experts, range(language.num_hidden_layers)))
         blocks = max(blocks, layers * language.experts.n_routed_experts)
-    return blocks
+    if blocks > len(files):  # found before thousands of them are built: each has a tensor of its own
+        raise ValueError(f"{folder}: missing tensors, {len(files)} for the {blocks} layers or experts of config.json")
+    try:
+        with torch.device("meta"):
+            return DeepseekVL(config)
+    except (RuntimeError, TypeError) as error:  # without memory, all that can fail is counting the bytes
+        raise ValueError(f"{folder / 'config.json'}: sizes too large for any memory") from error
 
 
 def by_module(expected: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
@@ -1039,38 +1023,27 @@ def by_module(expected: dict[str, Target]) -> dict[str, dict[str, list[str]]]:
     return dict(sorted(modules.items(), key=lambda item: item[0] != "lm_head"))
 
 
-def place(module: nn.Module, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Make tensors the module's parameters and buffers; floats take the dtype, None leaves them as stored."""
-    for name, tensor in tensors.items():
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        setattr(module, name, tensor if isinstance(module, QuantizedLinear) else nn.Parameter(tensor))
+def converted(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The tensor on the device; one of floats in the dtype, unless that is None."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def expect_stored_quantization(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
-    """Where the files hold a layer's scales, put a QuantizedLinear into the model. Returns "int4", "int8" or None.
+    """Put a QuantizedLinear where the files hold a layer's scales. Returns their kind, "int4" or "int8", or None.
 
-    Raises: ValueError for weights beside scales that are neither int8 nor uint8, for int4 of a width that fits no
-        group, and for int8 and int4 in one folder.
+    The kind is that of the first scales; `check_tensors` refuses what does not fit it.
     """
-    kinds = set()
-    for name in layers_to_quantize(model, "int8"):
+    scales = {name: checkpoint_names(f"{name}.scales", layout.names)[0] for name in layers_to_quantize(model, "int8")}
+    stored = [name for name in scales if scales[name] in files]
+    if not stored:
+        return None
+    first = scales[stored[0]]
+    kind = "int8" if files[first].read(first).dim() == 1 else "int4"
+    for name in set(stored) & set(layers_to_quantize(model, kind)):
         linear = model.get_submodule(name)
-        weight, scales = (checkpoint_names(f"{name}.{part}", layout.names)[0] for part in ("weight", "scales"))
-        if scales not in files or weight not in files:
-            continue
-        found = files[weight].read(weight).dtype
-        kind = next((kind for kind, dtype in QUANTIZATIONS.items() if dtype == found), None)
-        if kind is None:
-            raise ValueError(f"{files[weight].path}: tensor {weight} holds {found}, expected int8 or uint8")
-        if kind == "int4" and linear.in_features % INT4_GROUPS[-1]:
-            raise ValueError(f"{files[weight].path}: tensor {weight} is int4, its width fits no group of {INT4_GROUPS}")
-        kinds.add(kind)
         with torch.device("meta"):
             replace_module(model, name, QuantizedLinear.empty((linear.out_features, linear.in_features), kind))
-    if len(kinds) > 1:
-        folder = next(iter(files.values())).path.parent
-        raise ValueError(f"{folder}: holds both int8 and int4 layers, expected one kind")
-    return min(kinds, default=None)
+    return kind
 
 
 # ---------------------------------------------------------------------------- saving
@@ -1089,19 +1062,29 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     """
     folder = Path(path)
     tensors = tensors_to_save(model, folder, dtype)
-    unfinished = folder / f".{os.getpid()}.model.safetensors"
+    with unfinished(folder / "model.safetensors") as file:
+        file.touch()  # with the mode that other files get, which save_file would not give
+        mode = file.stat().st_mode
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path`. What is written there becomes `path` if no error ends the block, else it is removed.
+
+    Raises: OSError that names `path`, for a full disk or a folder that is read-only.
+    """
+    hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        unfinished.touch()  # with the mode that other files get, which save_file would not give
-        mode = unfinished.stat().st_mode
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        unfinished.chmod(mode)
-    except (SafetensorError, OSError) as error:  # a full disk, a folder that is read-only
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({reason})") from None
-    else:
-        unfinished.replace(folder / "model.safetensors")
+        yield hidden
+        hidden.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+        if hidden.is_file():
+            hidden.unlink()
 
 
 def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -1122,24 +1105,21 @@ def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) 
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             replace_module(fresh, name, module)
-    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
-    for name in sorted(shapes.keys() | parameters.keys()):
-        found = list(parameters[name].shape) if name in parameters and not parameters[name].is_meta else "none"
-        if name not in shapes or found != list(shapes[name]):
-            wanted = list(shapes[name]) if name in shapes else "none: a checkpoint has no place for it"
-            raise ValueError(f"tensor {name} of the model has shape {found}, expected {wanted}")
+    found = {name: "none" if tensor.is_meta else list(tensor.shape) for name, tensor in parameters.items()}
+    wanted = {name: list(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        shape, expected = found.get(name, "none"), wanted.get(name, "none: a checkpoint has no place for it")
+        if shape != expected:
+            raise ValueError(f"tensor {name} of the model has shape {shape}, expected {expected}")
+    if not tied and model.lm_head.weight is model.language.embed_tokens.weight:  # in a file no tensors share memory
+        parameters["lm_head.weight"] = parameters["lm_head.weight"].clone()
     tensors = {}
     for name, (target, tensor) in checkpoint_tensors(fresh, parameters, layout).items():
-        tensors[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        tensors[name] = converted(tensor, "cpu", dtype).contiguous()
         if tensors[name].dtype not in target.dtypes:
             raise ValueError(f"tensor {target.parameter} is {tensor.dtype}, expected one of {target.dtypes}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"tensor {target.parameter} is not finite in {tensors[name].dtype}, nothing is written")
-    head = checkpoint_names("lm_head.weight", layout.names)[0]
-    if tied:
-        del tensors[head]
-    elif model.lm_head.weight is model.language.embed_tokens.weight:
-        tensors[head] = tensors[head].clone()  # tied by hand: a file has no tensors that share memory
     return tensors
 
 
@@ -1162,27 +1142,21 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
     Raises: ValueError where `path` is already there, or lies in no folder, and as `save_model`.
     """
-    with new_folder(Path(path)) as unfinished:
+    with new_folder(Path(path)) as folder:
         for file in sorted(Path(source).iterdir()):
             describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
             if describes or file.name == "tokenizer.model":
-                shutil.copyfile(file, unfinished / file.name)
-        save_model(model, unfinished)
+                shutil.copyfile(file, folder / file.name)
+        save_model(model, folder)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill, which becomes `path` if no error ends the block, and is gone otherwise."""
     check_new_folder(path)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        unfinished.mkdir()
-        yield unfinished
-        unfinished.rename(path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with unfinished(path) as folder:
+        folder.mkdir()
+        yield folder
 
 
 def check_new_folder(path: Path) -> None:
