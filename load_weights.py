@@ -631,7 +631,7 @@ class QuantizedLinear(nn.Module):
         rows, width = shape
         if kind == "int8":
             return cls(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=dtype))
-        groups = width // next(g for g in INT4_GROUPS if width % g == 0)
+        groups = width // next(group for group in INT4_GROUPS if width % group == 0)
         return cls(torch.empty(rows, width // 2, dtype=torch.uint8), torch.empty(groups, rows, 2, dtype=dtype))
 
     @classmethod
@@ -642,26 +642,25 @@ class QuantizedLinear(nn.Module):
         scales = layer.scales if kind == "int8" else layer.scales.transpose(0, 1)  # (out, ...)
         step = max(1, 2**20 // weight.shape[1])  # so few rows at a time stay in a CPU's cache
         for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-            layer.weight[rows], scales[rows] = cls.rounded(weight[rows].detach().float(), kind, dtype)
+            layer.weight[rows], scales[rows] = layer.rounded(weight[rows].detach().float())
         return layer
 
-    @staticmethod
-    def rounded(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A float32 weight (out, in) -> what `weight` holds of it, and scales (out,) or (out, in / g, 2).
+    def rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows of a float32 weight -> what `weight` holds of them, and scales (rows,) or (rows, in / g, 2).
 
-        The scales are rounded to `dtype` first, so the integers make up for their rounding.
+        The scales are rounded to their dtype first, so the integers make up for their rounding.
         """
-        tiny = torch.finfo(torch.float32).tiny
-        if kind == "int8":
+        dtype, tiny = self.scales.dtype, torch.finfo(torch.float32).tiny
+        if self.weight.dtype == torch.int8:
             scales = (weight.abs().amax(dim=1) / 127).to(dtype)
             q = (weight / scales.float().clamp(min=tiny)[:, None]).round_().clamp_(-127, 127)
             return q.to(torch.int8), scales
-        weight = weight.unflatten(1, (-1, next(g for g in INT4_GROUPS if weight.shape[1] % g == 0)))  # (out, groups, g)
+        weight = weight.unflatten(1, (-1, self.group))  # (rows, groups, g)
         least, largest = weight.amin(dim=2), weight.amax(dim=2)  # aminmax, both in one, takes ten times as long
         scale = ((largest - least) / 15).to(dtype)
         offset = (least + 8 * scale.float()).to(dtype)  # the value of q = 8
         q = (weight - offset.float()[..., None]).div_(scale.float().clamp(min=tiny)[..., None])
-        q = q.add_(8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)  # (out, in)
+        q = q.add_(8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)  # (rows, in)
         return q[:, 0::2] << 4 | q[:, 1::2], torch.stack((scale, offset), dim=-1)
 
     @staticmethod
@@ -696,41 +695,34 @@ class NoGradient(torch.autograd.Function):
         raise ValueError("a packed layer cannot learn: to train, load the model without pack and quantize")
 
 
-class Workspace:
-    """One CPU buffer for converting weights to bfloat16, one after another.
+class Packed(nn.Module):
+    """A layer in a kernel's own layout. Its plain weight is gone, so it can neither learn nor be saved."""
 
-    Reusing it avoids page zeroing and fragmentation.
-    """
-
-    def __init__(self):
-        self.memory = torch.empty(0, dtype=torch.bfloat16, device="cpu")
-
-    def convert(self, weight: Tensor) -> Tensor:
-        """A weight in bfloat16, valid until the next call."""
-        if weight.numel() > len(self.memory):
-            self.memory = None  # freed before a larger one is there
-            self.memory = torch.empty(weight.numel(), dtype=torch.bfloat16, device="cpu")
-        return self.memory[: weight.numel()].view(weight.shape).copy_(weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        out = self.product(x.detach().reshape(-1, x.shape[-1]))
+        out = out.view(*x.shape[:-1], out.shape[-1])
+        return NoGradient.apply(out, x) if x.requires_grad else out
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Packed):
     """A bfloat16 linear layer on a CPU whose weight lies in the blocks that oneDNN's matmul reads.
 
     Given a plain matrix, oneDNN cuts it into blocks at every call, which at one token a step costs as much as the
     multiplication. Here that is done once, with the operators of torch's own compiler. The arithmetic is that of
-    nn.Linear. The plain weight is gone, so the layer can neither learn nor be saved.
+    nn.Linear.
     """
 
-    def __init__(self, linear: nn.Linear, workspace: Workspace | None = None):
+    def __init__(self, linear: nn.Linear, workspace: Tensor | None = None):
         """
         Args:
             linear: of any float dtype; the packed layer is bfloat16.
-            workspace: where a weight of another dtype is converted.
+            workspace: bfloat16, where a weight of another dtype is converted; it takes the size that this needs.
         """
         super().__init__()
         weight = linear.weight.detach()
         if weight.dtype != torch.bfloat16:
-            weight = (workspace or Workspace()).convert(weight)
+            weight = weight.bfloat16() if workspace is None else workspace.resize_(weight.shape).copy_(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # opaque
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16, copy=True)
 
@@ -746,17 +738,15 @@ class PackedLinear(nn.Module):
         on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), both bfloat16."""
-        plain = x.detach()
-        one = x.shape[:-1].numel() == 1  # as four equal rows it is faster: for one row, oneDNN uses no blocks
-        rows = plain.reshape(1, -1).expand(4, -1).contiguous() if one else plain
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), both bfloat16."""
+        one = len(rows) == 1  # as four equal rows it is faster: for one row, oneDNN uses no blocks
+        rows = rows.expand(4, -1).contiguous() if one else rows
         out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        out = out[:1].view(*x.shape[:-1], -1) if one else out
-        return NoGradient.apply(out, x) if x.requires_grad else out
+        return out[:1] if one else out
 
 
-class PackedQuantizedLinear(nn.Module):
+class PackedQuantizedLinear(Packed):
     """A quantized layer in the layout of torch's own kernels, which dequantize as they read.
 
     For a few rows, as in a decode step, these are fast: they read half or a quarter of the bytes. For the many rows
@@ -771,7 +761,7 @@ class PackedQuantizedLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear, check_layout: bool = True):
         super().__init__()
-        self.in_features, self.group = layer.in_features, layer.group
+        self.in_features, self.out_features, self.group = layer.in_features, len(layer.weight), layer.group
         self.bits = 8 if layer.weight.dtype == torch.int8 else 4
         self.scales = layer.scales.clone()
         if self.bits == 4:
@@ -805,13 +795,11 @@ class PackedQuantizedLinear(nn.Module):
             kind, fits = "int4", module.in_features % least == 0 and len(module.weight) % 64 == 0
         return fits and kernel_agrees(kind, module.scales.dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), both in the scales' dtype."""
-        rows = x.detach().flatten(0, -2).to(self.scales.dtype)  # under autocast x may be of another
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), in the scales' dtype."""
+        rows = rows.to(self.scales.dtype)  # under autocast they may be of another
         few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_dequantize
-        out = self.multiply(rows) if few else self.dequantize_and_multiply(rows)
-        out = out.view(*x.shape[:-1], -1)
-        return NoGradient.apply(out, x) if x.requires_grad else out
+        return self.multiply(rows) if few else self.dequantize_and_multiply(rows)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The kernels. (rows, in) -> (rows, out)."""
@@ -824,7 +812,7 @@ class PackedQuantizedLinear(nn.Module):
 
     def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
         """A plain matmul for some outputs at a time, a multiple of 64. (rows, in) -> (rows, out)."""
-        outputs = self.scales.shape[0 if self.bits == 8 else 1]
+        outputs = self.out_features
         pieces = -(-outputs * self.in_features * rows.element_size() // self.PIECE)
         size = -(-outputs // (64 * pieces)) * 64
         out = [rows @ self.dequantized(start, min(start + size, outputs)) for start in range(0, outputs, size)]
@@ -880,7 +868,7 @@ def int4_layout_is_known() -> bool:
 
 
 def packed(
-    name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Workspace | None = None
+    name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Tensor | None = None
 ) -> nn.Module:
     """The layer's packed form, where this machine has one; otherwise the layer.
 
@@ -895,11 +883,6 @@ def packed(
     return PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
@@ -907,7 +890,7 @@ def pack(model: nn.Module) -> nn.Module:
     neither learn nor be saved. Layers that no kernel of this machine can do stay as they are.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
-        replace_module(model, name, packed(name, model.get_submodule(name)))
+        model.set_submodule(name, packed(name, model.get_submodule(name)))
     return model
 
 
@@ -967,7 +950,7 @@ def load_model(
         if dtype == torch.float16 and device.type == "cpu":
             dtype = torch.float32
 
-    workspace, done = Workspace(), 0
+    workspace, done = torch.empty(0, dtype=torch.bfloat16, device="cpu"), 0
     for name, parameters in by_module(expected).items():
         module, tensors = model.get_submodule(name), {}
         for parameter, theirs in parameters.items():
@@ -977,14 +960,12 @@ def load_model(
         if name in chosen:
             module = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
         else:
-            later = pack and isinstance(module, nn.Linear) and device.type == "cpu"  # packing converts, in the workspace
+            later = pack and isinstance(module, nn.Linear) and device.type == "cpu"  # packing converts it
             tensors = {key: converted(tensor, device, None if later else dtype) for key, tensor in tensors.items()}
             module.load_state_dict(tensors, strict=False, assign=True)
         if pack:
-            module = packed(name, module, dtype, workspace)
-        replace_module(model, name, module.to(dtype))
-        if name == "lm_head":
-            workspace = Workspace()  # a buffer of the head's size is not kept
+            module = packed(name, module, dtype, None if name == "lm_head" else workspace)  # which stays small
+        model.set_submodule(name, module.to(dtype))
         done += sum(map(len, parameters.values()))
         if progress is not None:
             progress(done / len(expected))
@@ -1042,7 +1023,7 @@ def expect_stored_quantization(model: DeepseekVL, layout: Layout, files: dict[st
     for name in set(stored) & set(layers_to_quantize(model, kind)):
         linear = model.get_submodule(name)
         with torch.device("meta"):
-            replace_module(model, name, QuantizedLinear.empty((linear.out_features, linear.in_features), kind))
+            model.set_submodule(name, QuantizedLinear.empty((linear.out_features, linear.in_features), kind))
     return kind
 
 
@@ -1093,7 +1074,7 @@ def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) 
         raise ValueError(f"a {type(model).__name__} is no DeepseekVL: save the model that it wraps")
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
-    if any(isinstance(module, (PackedLinear, PackedQuantizedLinear)) for module in model.modules()):
+    if any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError("the model is packed, and its plain weights are gone: save it before pack()")
     layout, config = read_layout_and_config(folder)
     tied = model.config.language.tie_word_embeddings
@@ -1104,7 +1085,7 @@ def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) 
         fresh = DeepseekVL(model.config)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            replace_module(fresh, name, module)
+            fresh.set_submodule(name, module)
     found = {name: "none" if tensor.is_meta else list(tensor.shape) for name, tensor in parameters.items()}
     wanted = {name: list(tensor.shape) for name, tensor in fresh.state_dict().items()}
     for name in sorted(found.keys() | wanted.keys()):
