@@ -1,13 +1,14 @@
 """From a conversation with pictures to the tensors that DeepSeek-VL and DeepSeek-VL2 read.
 
-In the order the data meets it:
+In the order of reading:
 
-1. `load_image`: a path, an address or a PIL image becomes an upright RGB picture.
-2. Pixels: the picture becomes square float32 inputs (DeepSeek-VL) or tiles (DeepSeek-VL2).
-3. `load_tokenizer`: byte-level byte-pair encoding by hand; SentencePiece where a checkpoint ships that.
-4. Prompts: a conversation becomes pieces of text, each either learnt in training or not.
-5. `Processor`: all of it together, for a batch of conversations padded on the left.
-6. `parse_boxes`, `draw_boxes`: what an answer of DeepSeek-VL2 locates.
+1. `Settings`: what a checkpoint's JSON files say, checked.
+2. `load_tokenizer`: byte-level byte-pair encoding by hand; SentencePiece where a checkpoint ships that.
+3. `load_image`: a path, an address or a PIL image becomes an upright RGB picture.
+4. Pixels: the picture becomes square float32 inputs (DeepSeek-VL) or tiles (DeepSeek-VL2).
+5. Prompts: a conversation becomes pieces of text, each either learnt in training or not.
+6. `Processor`: all of it together, for a batch of conversations padded on the left.
+7. `parse_boxes`, `draw_boxes`: what an answer of DeepSeek-VL2 locates.
 
 Shape letters: B batch (conversations), T tokens of the longest prompt; sides in pixels are spelled out.
 Sources: DeepSeek-VL (arXiv 2403.05525), DeepSeek-VL2 (arXiv 2412.10302) and their released code;
@@ -31,10 +32,11 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from heapq import heapify, heappop, heappush
-from itertools import accumulate
+from itertools import accumulate, cycle, groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -45,11 +47,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception | str) -> str:
     """What went wrong, in one line."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------- 1. JSON files
+
+MAX_COUNT = 10**12
 
 
 def check_is_no_pointer(path: Path) -> None:
@@ -73,7 +80,382 @@ def read_json(path: Path) -> dict:
     return content
 
 
-# --------------------------------------------------------------------------------------- 1. Pictures in
+class Settings:
+    """The entries of JSON objects. Every error is a ValueError that names the file, the key and what was expected."""
+
+    def __init__(self, values: object, name: str):
+        self.values: dict[str, object] = {}
+        self.names: dict[str, str] = {}  # of the file of each key
+        self.add(values, name)
+
+    def add(self, values: object, name: str) -> None:
+        """The entries of another file; they replace those of the same key."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{name}: expected an object, found a {type(values).__name__}")
+        self.values |= values
+        self.names |= dict.fromkeys(values, name)
+        self.name = name  # where a missing key should have been
+
+    def section(self, key: str) -> Settings:
+        """The object inside; an absent or null one is empty."""
+        value = self.values.get(key)
+        return Settings({} if value is None else value, f"{self.name}: {key}")
+
+    def refuse(self, key: str, expected: str) -> None:
+        found = repr(self.values[key])[:80] if key in self.values else "missing"
+        raise ValueError(f"{self.names.get(key, self.name)}: {key} is {found}, expected {expected}")
+
+    def one_of(self, key: str, choices: Iterable, default: object = None) -> object:
+        """One of a few values. 1 and 1.0 are not True. A missing key is `default`, and refused if that is no choice."""
+        value = self.values.get(key, default)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            self.refuse(key, " or ".join(map(repr, choices)))
+        return value
+
+    def integer(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+        return self.numbers(key, (default,), 1, most, int)[0]
+
+    def numbers(self, key: str, default: tuple, least: float, most: float, kind: type = float) -> tuple:
+        """As many numbers as in `default`: a list, or one number alone. A `kind` of int refuses 3.0."""
+        value = self.values.get(key, default)
+        values = [value] if len(default) == 1 and key in self.values else value
+        fits = isinstance(values, (list, tuple)) and len(values) == len(default)
+        if not fits or not all(type(number) in (int, kind) and least <= number <= most for number in values):
+            name = "an integer" if kind is int else "a number" if len(default) == 1 else f"{len(default)} numbers"
+            self.refuse(key, f"{name} from {least} to {most}")
+        return tuple(values)
+
+
+# ----------------------------------------------------------------------------------------- 2. Tokenizer
+
+
+class Tokenizer:
+    """Text to token ids and back. A subclass defines `encode_text` and `token_bytes`.
+
+    Added tokens (`<image>`, end of sentence, ...) are matched in the raw text first. The leftmost match wins;
+    of several that start there, the longest. As in the tokenizers library, there are two passes: tokens marked
+    not normalized, then the others in the text that remains.
+
+    tokenizer_config.json names bos_token_id, eos_token_id and pad_token_id; each is None where it does not.
+    """
+
+    def __init__(self, ids: dict[str, int], config: dict):
+        self.ids = ids
+        self.tokens = {id: token for token, id in ids.items()}
+        self.added: dict[str, bool] = {}  # whether it is marked normalized
+        self.special_ids: set[int] = set()
+        self.config = config
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that holds no added token."""
+        raise NotImplementedError
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, perhaps part of a character; b"" for an unused id."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; added tokens in the text become their ids, and no begin token is put in front."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text with a lone surrogate at position {error.start} cannot be tokenized") from error
+        ids: list[int] = []
+        for outer in self.raw_pattern.split(text):
+            for part in [outer] if outer in self.added else self.normalized_pattern.split(outer):
+                if part in self.added:
+                    ids.append(self.ids[part])
+                elif part:
+                    ids += self.encode_text(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of all token_bytes joined, with U+FFFD for bytes that are not UTF-8."""
+        skipped = self.special_ids if skip_special_tokens else ()
+        kept = (int(id) for id in ids if int(id) not in skipped)
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
+
+    def add_special_tokens(self, tokens: Iterable[str]) -> None:
+        """Makes each token special; those the vocabulary lacks are appended after the highest id."""
+        for token in tokens:
+            if token not in self.ids:
+                self.ids[token] = self.vocab_size
+                self.tokens[self.ids[token]] = token
+            self.added.setdefault(token, False)
+            self.special_ids.add(self.ids[token])
+        self.compile_added()
+
+    def compile_added(self) -> None:
+        """The patterns that cut added tokens out of a text; a change of `added` makes them anew."""
+
+        def either(normalized: bool) -> re.Pattern:
+            longest_first = sorted((token for token in self.added if self.added[token] is normalized), key=len)[::-1]
+            return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
+
+        self.raw_pattern, self.normalized_pattern = either(False), either(True)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id in use."""
+        return max(self.tokens) + 1
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.ids.get(token)
+
+    def is_special(self, id: int) -> bool:
+        return id in self.special_ids
+
+    def _named(self, role: str) -> int | None:
+        token = self.config.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.ids.get(token) if isinstance(token, str) else None
+
+    bos_token_id = property(lambda self: self._named("bos_token"))
+    eos_token_id = property(lambda self: self._named("eos_token"))
+    pad_token_id = property(lambda self: self._named("pad_token"))
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or in a tokenizer.json or tokenizer.model file.
+
+    In a folder with both, tokenizer.json is read. Names of the begin, end and padding tokens come
+    from a tokenizer_config.json beside it. Raises FileNotFoundError or ValueError, naming the file.
+    """
+    path = Path(path)
+    files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: expected a tokenizer.json or tokenizer.model")
+    check_is_no_pointer(file)
+    config_file = file.with_name("tokenizer_config.json")
+    config = read_json(config_file) if config_file.exists() else {}
+    return SentencePiece(file, config) if file.suffix == ".model" else ByteLevelBPE(file, config)
+
+
+# Byte-level BPE writes each byte as one printable character. Bytes that are printable in Latin-1
+# stand for themselves; the other 68 (controls, space, delete, soft hyphen) take U+0100 onwards.
+PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE_BYTES}
+CHAR_TO_BYTE |= {chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYTES)}
+# These 13 bytes never occur in UTF-8. DeepSeek-LLM's vocabulary has them only as added tokens, one character each.
+# Added tokens are matched in the text itself, so the letter `ü` becomes the token of byte 0xFC and decodes to it.
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+# What ByteLevelBPE implements: the values that each part of a tokenizer.json may have; None stands for a missing key.
+# `post_processor`, `truncation` and `padding` are ignored: they change only what surrounds the ids of a text.
+FLAGS, UNUSED = (True, False), (None, False, 0, 0.0, "")
+SUPPORTED = {
+    "model": {
+        "type": ["BPE"], "dropout": UNUSED, "unk_token": UNUSED, "continuing_subword_prefix": UNUSED,
+        "end_of_word_suffix": UNUSED, "fuse_unk": UNUSED, "byte_fallback": UNUSED, "ignore_merges": UNUSED,
+    },
+    "normalizer": {"type": [None, "Sequence"], "normalizers": [[]]},
+    "decoder": {"type": ["ByteLevel"]},
+    "added token": {
+        "single_word": [False], "lstrip": [False], "rstrip": [False], "normalized": FLAGS, "special": FLAGS,
+    },
+    "Split": {"behavior": ["Isolated"], "invert": [False]},
+    "Digits": {"individual_digits": FLAGS},
+    "ByteLevel": {"add_prefix_space": [False], "use_regex": [False]},
+}  # fmt: skip
+
+
+def check_supported(part: object, kind: str, name: str = "") -> None:
+    settings = Settings(part, f"{kind} {name}".strip())
+    for key, choices in SUPPORTED[kind].items():
+        settings.one_of(key, choices)
+
+
+class ByteLevelBPE(Tokenizer):
+    """Byte-level byte-pair encoding from a tokenizer.json.
+
+    A text is cut by a list of regular expressions into pieces (words, numbers, punctuation); each
+    piece starts as its UTF-8 bytes, and the neighbouring pair whose merge was learnt earliest is
+    merged, again and again, until no neighbours have a merge.
+    """
+
+    def __init__(self, file: Path, config: dict):
+        super().__init__({}, config)
+        spec = read_json(file)
+        try:
+            for part in ("model", "normalizer", "decoder"):
+                if part == "model" or spec.get(part):
+                    check_supported(spec[part], part)
+            model, added = spec["model"], spec["added_tokens"]
+            for token, id in [*model["vocab"].items(), *((token["content"], token["id"]) for token in added)]:
+                if not isinstance(token, str) or not token or type(id) is not int or not 0 <= id < 2**31:
+                    found = f"token {str(token)[:80]!r} has id {str(id)[:80]}"
+                    raise ValueError(f"{found}, expected some text and a whole number from 0 to 2**31 - 1")
+                if self.ids.setdefault(token, id) != id or self.tokens.setdefault(id, token) != token:
+                    raise ValueError(f"token {token[:80]!r} with id {id} contradicts another token")
+            for token in added:
+                check_supported(token, "added token", repr(token["content"][:80]))
+                self.added[token["content"]] = token["normalized"]
+                if token["special"]:
+                    self.special_ids.add(token["id"])
+            self.split_patterns = [split_pattern(step) for step in pre_tokenizer_steps(spec["pre_tokenizer"])]
+            self.byte_ids = {byte: self.ids[char] for char, byte in CHAR_TO_BYTE.items() if byte not in NEVER_IN_UTF8}
+            # (left id, right id) -> rank, and rank -> id of the merged token; a low rank is merged first
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            self.ranks = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
+            self.merged_ids = [self.ids[left + right] for left, right in merges]
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ValueError(f"{file}: not a byte-level BPE tokenizer as expected: {reason(error)}") from error
+        self.compile_added()
+
+    def encode_text(self, text: str) -> list[int]:
+        pieces = [text]
+        for pattern in self.split_patterns:
+            # split() with a group returns what lies between matches and the matches, in order
+            pieces = [part for piece in pieces for part in pattern.split(piece) if part]
+        ids = {piece: self.merge(piece) for piece in set(pieces)}  # words repeat
+        return [id for piece in pieces for id in ids[piece]]
+
+    def merge(self, piece: str) -> list[int]:
+        """Ids of one piece, in n log n of its n bytes: a heap of possible merges over a linked list of tokens.
+
+        A heap entry is `rank * n + position of the left token`, so that equal ranks go left to right.
+        """
+        ids = [self.byte_ids[byte] for byte in piece.encode()]
+        n = len(ids)
+        before, after = list(range(-1, n)), list(range(1, n + 1))  # position n is the end of the piece
+        pairs = enumerate(zip(ids, ids[1:]))
+        heap = [self.ranks[pair] * n + left for left, pair in pairs if pair in self.ranks]
+        heapify(heap)
+        while heap:
+            rank, left = divmod(heappop(heap), n)
+            right = after[left]
+            if right == n or self.ranks.get((ids[left], ids[right])) != rank:
+                continue  # an earlier merge took one of the two
+            ids[left], ids[right] = self.merged_ids[rank], -1
+            after[left] = after[right]
+            before[after[right]] = left
+            for a, b in ((before[left], left), (left, after[left])):  # the new token with either neighbour
+                if a >= 0 and b < n and (rank := self.ranks.get((ids[a], ids[b]))) is not None:
+                    heappush(heap, rank * n + a)
+        return [id for id in ids if id >= 0]
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self.tokens.get(id, "")
+        try:
+            return bytes(CHAR_TO_BYTE[char] for char in token)
+        except KeyError:  # an added token is plain text, unless all of it happens to lie in the byte alphabet
+            return token.encode()
+
+
+def pre_tokenizer_steps(pre_tokenizer: dict) -> list[dict]:
+    """The steps before ByteLevel, which must be last. ByteLevel cuts nothing; merge() does its byte mapping."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if [index for index, step in enumerate(steps) if step["type"] == "ByteLevel"] != [len(steps) - 1]:
+        raise ValueError("expected a pre-tokenizer whose last step, and no other, is ByteLevel")
+    check_supported(steps[-1], "ByteLevel")
+    return steps[:-1]
+
+
+def split_pattern(step: dict) -> re.Pattern:
+    """One step of the pre-tokenizer as a pattern with one group around the whole match."""
+    if step["type"] not in ("Split", "Digits"):
+        raise ValueError(f"pre-tokenizer step {json.dumps(step)[:200]} is not supported")
+    check_supported(step, step["type"])
+    if step["type"] == "Split":
+        return re.compile(f"({python_regex(step['pattern']['Regex'])})", re.MULTILINE)  # Oniguruma's $: any line's end
+    numbers = character_ranges()[r"\p{N}"]
+    return re.compile(f"([{numbers}]{'' if step['individual_digits'] else '+'})")
+
+
+# The supported subset of regular expressions covers the released files, GPT-2 and Llama 3. Each construct below
+# means the same in Python as in Oniguruma, and no group can be repeated.
+ESCAPE = r"\\[rnt\\\[\](){}|?*+.^$/-]"
+CATEGORY = r"\\p\{[LMNPS]\}"
+CLASS_CHARACTER = rf"(?:{ESCAPE}|(?!&&|\|\||~~)[^\\\[\]-])"  # doubled, those three are or may become set operations
+REGEX_ITEM = (
+    rf"(?:\[\^?(?:{CLASS_CHARACTER}(?:-{CLASS_CHARACTER})?|\\s|{CATEGORY})+\]"  # a class
+    rf"|{CATEGORY}|\\[sS]|{ESCAPE}|[^\\\[\](){{}}|?*+.^$])"  # one character
+    r"(?P<quantifier>[?*+]|\{\d(?:,\d)?\})?"
+    r"|\(\?!\\S\)|\$|\|"
+    r"|\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"  # no letters here fold to several, as ss to ß does
+)
+
+
+def python_regex(pattern: str) -> str:
+    """Oniguruma's syntax in Python's: \\p{L}, \\s, \\S as explicit ranges.
+
+    Raises ValueError for other constructs than REGEX_ITEM's, for a pattern that matches an empty text, and for one
+    that could take more than quadratic time: an alternative has at most three quantifiers, of which at most one
+    before its last item is * or +.
+    """
+    unknown = pattern[re.match(f"(?:{REGEX_ITEM})*", pattern).end() :]
+    if unknown:
+        raise ValueError(f"a regular expression is not supported, or unterminated, from {unknown[:40]!r} on")
+    quantifiers: list[str | None] = []
+    for item in re.finditer(REGEX_ITEM, pattern):
+        quantifiers = [] if item[0] == "|" else [*quantifiers, item["quantifier"]]
+        loops = [quantifier for quantifier in quantifiers[:-1] if quantifier in ("*", "+")]
+        if len(quantifiers) - quantifiers.count(None) > 3 or len(loops) > 1:
+            raise ValueError(f"too many quantifiers in the regular expression {pattern[:80]!r}")
+    ranges = character_ranges()
+
+    def translate(item: re.Match) -> str:
+        form = "{}" if item[0].startswith("[") else "[{}]"
+        parts = re.split(r"(\\p\{.\}|\\.)", item[0])
+        return "".join(form.format(ranges[part]) if part in ranges else part for part in parts)
+
+    result = re.sub(REGEX_ITEM, translate, pattern)
+    if re.compile(result).match(""):
+        raise ValueError(f"the regular expression {pattern[:80]!r} matches an empty text")
+    return result
+
+
+@cache
+def character_ranges() -> dict[str, str]:
+    r"""Oniguruma's \s, \S and \p{L} (M, N, P, S: marks, numbers, punctuation, symbols), each as the inside of a class.
+
+    From Python's own Unicode tables, so characters that Unicode added later than those are in no category.
+    """
+    white_space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's adds U+001C to U+001F
+    ranges = {r"\s": white_space, r"\S": f"^{white_space}"}
+    for category, run in groupby(range(0x110000), lambda code: unicodedata.category(chr(code))[0]):
+        codes, key = list(run), rf"\p{{{category}}}"
+        ranges[key] = f"{ranges.get(key, '')}\\U{codes[0]:08x}-\\U{codes[-1]:08x}"
+    return ranges
+
+
+class SentencePiece(Tokenizer):
+    """A tokenizer.model through the sentencepiece package, with the same interface.
+
+    Control pieces and tokens added later are found in the text first; the rest, user-defined pieces
+    included, is sentencepiece's. It puts a space before a text if the model was trained so, and
+    decode() keeps that space, because decode() is the tokens' bytes joined, wherever they start.
+    """
+
+    def __init__(self, file: Path, config: dict):
+        try:
+            import sentencepiece
+
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except ImportError as error:
+            raise ValueError(f"{file}: reading this needs the sentencepiece package") from error
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{file}: not a SentencePiece model") from error
+        super().__init__({self.model.id_to_piece(id): id for id in range(self.model.get_piece_size())}, config)
+        self.add_special_tokens([token for token, id in self.ids.items() if self.model.is_control(id)])
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def token_bytes(self, id: int) -> bytes:
+        piece = self.tokens.get(id, "")
+        if id in self.special_ids or not piece:
+            return piece.encode()
+        if self.model.is_unknown(id):
+            return " \u2047 ".encode()  # what sentencepiece prints for it
+        if self.model.is_byte(id):
+            return bytes([int(piece[3:5], 16)])  # <0xE4>
+        return piece.replace("\u2581", " ").encode()
+
+
+# --------------------------------------------------------------------------------------- 3. Pictures in
 
 # Raster formats whose header states the decoded size and whose decoders start no other program.
 # Pillow also opens EPS, which starts Ghostscript, and containers of other files.
@@ -83,18 +465,10 @@ MAX_IMAGE_SIDE = 65_535
 PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit (a global, 179 million pixels) is lifted
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 DOWNLOAD_SECONDS = 30.0
-HTTP_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # what undoes each orientation; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# A PNG file gives its transparent colour in the scale of its samples, Pillow its samples in 8 bits.
+TRANSPARENT_SCALE = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
 
 
 def load_image(source: str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image) -> Image.Image:
@@ -113,22 +487,10 @@ def load_image(source: str | os.PathLike | bytes | BinaryIO | np.ndarray | Image
             raise ValueError(f"an image array is {found}, expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
         return upright_rgb(Image.fromarray(np.ascontiguousarray(source)), "image array")
     name, file = open_source(source)
-    Image.init()  # fills Image.OPEN, so that formats this build of Pillow lacks are left out
-    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings(), PILLOW_LIMIT:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on odd metadata
-        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit follows
-        try:
-            image = Image.open(file, formats=formats)
-        except Image.UnidentifiedImageError as error:
-            raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}") from error
-        except Exception as error:  # decoders raise errors of many types on a broken header
-            raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = pillow_limit
-    with image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return upright_rgb(image, name)
+        with open_image(file, name) as image:
+            return upright_rgb(image, name)
 
 
 def open_source(source: object) -> tuple[str, str | BinaryIO]:
@@ -141,21 +503,20 @@ def open_source(source: object) -> tuple[str, str | BinaryIO]:
         raise ValueError(f"an image must be a path, an address, bytes or a PIL image, not a {type(source).__name__}")
     path = os.fspath(source)
     name = path if len(path) <= 200 else f"{path[:200]}..."
-    if HTTP_ADDRESS.match(path):
-        return name, io.BytesIO(download(path))
-    if path[:5].lower() == "data:":
-        header, comma, payload = path.partition(",")
-        try:
-            if not comma or not header.lower().endswith(";base64"):
-                raise ValueError("expected data:image/...;base64,...")
-            return f"{header[:80]},...", io.BytesIO(base64.b64decode(payload, validate=True))
-        except ValueError as error:
-            raise ValueError(f"{header[:80]}: not a readable data address ({reason(error)})") from None
     if path == "-":
         return "standard input", io.BytesIO(sys.stdin.buffer.read(MAX_DOWNLOAD_BYTES + 1))
-    if path[:7].lower() == "file://":
+    scheme = re.match(r"(\w+://|data:)?", path.lower())[0]
+    if scheme in ("http://", "https://"):
+        return name, io.BytesIO(download(path))
+    if scheme == "data:":
+        header, _, payload = path.partition(",")
+        with suppress(ValueError):
+            if header.lower().endswith(";base64"):
+                return f"{header[:80]},...", io.BytesIO(base64.b64decode(payload, validate=True))
+        raise ValueError(f"{header[:80]}: not a readable data address, expected data:image/...;base64,...")
+    if scheme == "file://":
         path = urllib.request.url2pathname(path[7:].removeprefix("localhost"))
-    elif re.match(r"\w+://", path):
+    elif scheme:
         raise ValueError(f"{name}: only http, https, data and file addresses are read")
     path = os.path.expanduser(path)
     if not os.path.exists(path):
@@ -163,6 +524,22 @@ def open_source(source: object) -> tuple[str, str | BinaryIO]:
     if not os.path.isfile(path):
         raise ValueError(f"{name}: not a file, expected an image file")
     return name, path
+
+
+def open_image(file: str | BinaryIO, name: str) -> Image.Image:
+    """An image of any size, of which the header is read; `name` is for errors."""
+    Image.init()  # fills Image.OPEN, so that formats this build of Pillow lacks are left out
+    formats = [format for format in IMAGE_FORMATS if format in Image.OPEN]
+    with PILLOW_LIMIT:
+        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit follows
+        try:
+            return Image.open(file, formats=formats)
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}") from error
+        except Exception as error:  # decoders raise errors of many types on a broken header
+            raise ValueError(f"{name}: cannot be opened as an image ({reason(error)})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillow_limit
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -173,26 +550,26 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         limit = f"{MAX_IMAGE_PIXELS} pixels and {MAX_IMAGE_SIDE} a side"
         raise ValueError(f"{name}: {width} x {height} pixels, over the limit of {limit}")
-    stored = image.tile[0][3] if image.format == "PNG" and image.tile else None  # such as "L;4" or "RGB;16B"
     try:
-        image.load()
-        transparent = image.info.get("transparency")
-        if stored in ("L;2", "L;4") and isinstance(transparent, int):  # the file's value, in its own scale
-            image.info["transparency"] = transparent * 255 // (2 ** int(stored[2]) - 1)
-        elif stored == "RGB;16B" and isinstance(transparent, tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgb = to_rgb(image)
     except Exception as error:  # decoders raise errors of many types on damaged data
         raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block turns nothing; viewers show such pictures as stored
-        orientation = None
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    rgb.info.clear()
+    with suppress(Exception):  # a damaged EXIF block turns nothing; viewers show such pictures as stored
+        rgb.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB; transparency is composited on white, deep grey is scaled and not clipped."""
+    """Any PIL mode to RGB, decoded; transparency is composited on white, deep grey is scaled and not clipped."""
+    scale = TRANSPARENT_SCALE.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    image.load()
+    transparent = image.info.get("transparency")
+    if scale and transparent is not None:
+        several = isinstance(transparent, tuple)
+        values = [int(value * scale) for value in (transparent if several else (transparent,))]
+        image.info["transparency"] = tuple(values) if several else values[0]
     if image.mode == "F" or image.mode.startswith("I"):  # I;16 in either byte order, I
         image = grey_to_8bit(image)
     if image.mode == "LAB":
@@ -235,52 +612,45 @@ def download(url: str) -> bytes:
     A socket's timeout restarts with every byte, so it does not stop a server that sends one byte at a time.
     Therefore the request runs in a thread, and the caller waits for it no longer than DOWNLOAD_SECONDS.
     """
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
     outcome: list[bytes | Exception] = []
-
-    def fetch() -> None:
-        try:
-            outcome.append(read_url(url, deadline))
-        except Exception as error:  # sockets, TLS, HTTP and URL parsing share no base class
-            outcome.append(error)
-
-    worker = threading.Thread(target=fetch, daemon=True)
+    worker = threading.Thread(target=read_url, args=(url, outcome), daemon=True)
     worker.start()
     worker.join(DOWNLOAD_SECONDS)
     result = outcome[0] if outcome else TimeoutError(f"no complete answer within {DOWNLOAD_SECONDS:g} seconds")
     if isinstance(result, bytes):
         return result
     cause = result.reason if type(result) is urllib.error.URLError else result
-    raise ValueError(f"{url}: {reason(cause) if isinstance(cause, Exception) else cause}") from result
+    raise ValueError(f"{url}: {reason(cause)}") from result
 
 
 class StayOnHttp(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
-        if not HTTP_ADDRESS.match(url):
+        if not url.lower().startswith(("http://", "https://")):
             raise ValueError(f"redirected to {url}, which is not an http or https address")
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def read_url(url: str, deadline: float) -> bytes:
-    """One GET, redirects followed as long as they stay http(s); `deadline` on time.monotonic's clock."""
-    opener = urllib.request.build_opener(StayOnHttp)
-    too_large = ValueError(f"more than the limit of {MAX_DOWNLOAD_BYTES} bytes")
-    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~-._")  # spaces and characters outside ASCII
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (deepseek-vl image loader)"})
-    with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
-        if (response.length or 0) > MAX_DOWNLOAD_BYTES:  # Content-Length is optional and can be wrong
-            raise too_large
-        body = bytearray()
-        while chunk := response.read1(2**16):  # what has arrived, without waiting for more
-            body += chunk
-            if len(body) > MAX_DOWNLOAD_BYTES:
-                raise too_large
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        return bytes(body)
+def read_url(url: str, outcome: list[bytes | Exception]) -> None:
+    """Appends the body, or what went wrong. Redirects are followed as long as they stay http(s)."""
+    deadline, body = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    try:
+        url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~-._")  # spaces and characters outside ASCII
+        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (deepseek-vl image loader)"})
+        with urllib.request.build_opener(StayOnHttp).open(request, timeout=DOWNLOAD_SECONDS) as response:
+            size = response.length or 0  # Content-Length, which is optional and can be wrong
+            while size <= MAX_DOWNLOAD_BYTES and (chunk := response.read1(2**16)):  # what has arrived, without waiting
+                body += chunk
+                size = max(size, len(body))
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        if size > MAX_DOWNLOAD_BYTES:
+            raise ValueError(f"more than the limit of {MAX_DOWNLOAD_BYTES} bytes")
+        outcome.append(bytes(body))
+    except Exception as error:  # sockets, TLS, HTTP and URL parsing share no base class
+        outcome.append(error)
 
 
-# -------------------------------------------------------------------------------------------- 2. Pixels
+# -------------------------------------------------------------------------------------------- 4. Pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -320,14 +690,12 @@ PIXELS = {
     "deepseek-vl2": VL2_PIXELS,
 }
 IMAGE_TOKENS = 576  # of a picture in DeepSeek-VL: a grid of 24 x 24. DeepSeek-VL2's rule is Processor.image_tokens
-# Of DeepSeek-VL2: every (width, height) of at most nine tiles (section 3.1).
-CANDIDATE_RESOLUTIONS = tuple(
-    (384 * wide, 384 * high)
-    for wide, high in (
-        (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2),
-        (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),
-    )
+# Of DeepSeek-VL2: every width and height of at most nine tiles (section 3.1), in tiles and in pixels.
+TILINGS = (
+    (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2),
+    (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),
 )  # fmt: skip
+CANDIDATE_RESOLUTIONS = tuple((wide * 384, high * 384) for wide, high in TILINGS)
 
 
 def letterbox(image: Image.Image, size: Sequence[int], settings: PixelSettings) -> Image.Image:
@@ -391,385 +759,18 @@ def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSe
     return [whole, *(local.crop((left, top, left + side, top + side)) for left, top in corners)]
 
 
-# ----------------------------------------------------------------------------------------- 3. Tokenizer
-
-
-class Tokenizer:
-    """Text to token ids and back. A subclass defines `encode_text` and `token_bytes`.
-
-    Added tokens (`<image>`, end of sentence, ...) are matched in the raw text first. The leftmost match wins;
-    of several that start there, the longest. As in the tokenizers library, there are two passes: tokens marked
-    not normalized, then the others in the text that remains.
-
-    tokenizer_config.json names bos_token_id, eos_token_id and pad_token_id; each is None where it does not.
-    """
-
-    def __init__(self, ids: dict[str, int], config: dict):
-        self.ids = ids
-        self.tokens = {id: token for token, id in ids.items()}
-        self.raw_added: dict[str, int] = {}
-        self.normalized_added: dict[str, int] = {}
-        self.special_ids: set[int] = set()
-        self.config = config
-        self._compile_added()
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text that holds no added token."""
-        raise NotImplementedError
-
-    def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes that a token stands for, perhaps part of a character; b"" for an unused id."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids; added tokens in the text become their ids, and no begin token is put in front."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text with a lone surrogate at position {error.start} cannot be tokenized") from error
-        ids: list[int] = []
-        for outer in self._raw_pattern.split(text):
-            if outer in self.raw_added:
-                ids.append(self.raw_added[outer])
-                continue
-            for inner in self._normalized_pattern.split(outer):
-                if inner in self.normalized_added:
-                    ids.append(self.normalized_added[inner])
-                elif inner:
-                    ids += self.encode_text(inner)
-        return ids
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of all token_bytes joined, with U+FFFD for bytes that are not UTF-8."""
-        kept = (int(id) for id in ids)
-        if skip_special_tokens:
-            kept = (id for id in kept if id not in self.special_ids)
-        return b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
-
-    def add_special_tokens(self, tokens: Iterable[str]) -> None:
-        """Makes each token special; those the vocabulary lacks are appended after the highest id."""
-        for token in tokens:
-            if token not in self.ids:
-                self.ids[token] = self.vocab_size
-                self.tokens[self.ids[token]] = token
-            if token not in self.normalized_added:
-                self.raw_added[token] = self.ids[token]
-            self.special_ids.add(self.ids[token])
-        self._compile_added()
-
-    def _compile_added(self) -> None:
-        def either(tokens: Iterable[str]) -> re.Pattern:
-            longest_first = sorted(tokens, key=len, reverse=True)
-            return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
-
-        self._raw_pattern, self._normalized_pattern = either(self.raw_added), either(self.normalized_added)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id in use."""
-        return max(self.tokens) + 1
-
-    def token_to_id(self, token: str) -> int | None:
-        return self.ids.get(token)
-
-    def is_special(self, id: int) -> bool:
-        return id in self.special_ids
-
-    def _named(self, role: str) -> int | None:
-        token = self.config.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
-        return self.ids.get(token) if isinstance(token, str) else None
-
-    bos_token_id = property(lambda self: self._named("bos_token"))
-    eos_token_id = property(lambda self: self._named("eos_token"))
-    pad_token_id = property(lambda self: self._named("pad_token"))
-
-
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or in a tokenizer.json or tokenizer.model file.
-
-    In a folder with both, tokenizer.json is read. Names of the begin, end and padding tokens come
-    from a tokenizer_config.json beside it. Raises FileNotFoundError or ValueError, naming the file.
-    """
-    path = Path(path)
-    files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: expected a tokenizer.json or tokenizer.model")
-    check_is_no_pointer(file)
-    config_file = file.with_name("tokenizer_config.json")
-    config = read_json(config_file) if config_file.exists() else {}
-    return SentencePiece(file, config) if file.suffix == ".model" else ByteLevelBPE(file, config)
-
-
-# Byte-level BPE writes each byte as one printable character. Bytes that are printable in Latin-1
-# stand for themselves; the other 68 (controls, space, delete, soft hyphen) take U+0100 onwards.
-PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
-CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE_BYTES}
-CHAR_TO_BYTE |= {chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYTES)}
-# These 13 bytes never occur in UTF-8. DeepSeek-LLM's vocabulary has them only as added tokens, one character each.
-# Added tokens are matched in the text itself, so the letter `ü` becomes the token of byte 0xFC and decodes to it.
-NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-
-# Words repeat, so their ids are cached: for at most this many pieces, none longer than this many characters.
-MAX_KNOWN_PIECES = 2**16
-MAX_KNOWN_LENGTH = 128
-
-
-class ByteLevelBPE(Tokenizer):
-    """Byte-level byte-pair encoding from a tokenizer.json.
-
-    A text is cut by a list of regular expressions into pieces (words, numbers, punctuation); each
-    piece starts as its UTF-8 bytes, and the neighbouring pair whose merge was learnt earliest is
-    merged, again and again, until no neighbours have a merge.
-    """
-
-    def __init__(self, file: Path, config: dict):
-        spec = read_json(file)
-        try:
-            model = spec["model"]
-            check_layout(spec)
-            super().__init__(dict(model["vocab"]), config)
-            if len(self.tokens) != len(self.ids):
-                raise ValueError("two tokens of the vocabulary have the same id")
-            self.split_patterns = [split_pattern(step) for step in pre_tokenizer_steps(spec)]
-            self.byte_ids = {byte: self.ids[char] for char, byte in CHAR_TO_BYTE.items() if byte not in NEVER_IN_UTF8}
-            # (left id, right id) -> rank, and rank -> id of the merged token; a low rank is merged first
-            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-            self.ranks = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
-            self.merged_ids = [self.ids[left + right] for left, right in merges]
-            for token in spec["added_tokens"]:
-                content, id = token["content"], token["id"]
-                if self.ids.setdefault(content, id) != id or self.tokens.setdefault(id, content) != content:
-                    raise ValueError(f"added token {content[:80]!r} with id {id} contradicts another token")
-                (self.normalized_added if token["normalized"] else self.raw_added)[content] = id
-                if token["special"]:
-                    self.special_ids.add(id)
-        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-            raise ValueError(f"{file}: not a byte-level BPE tokenizer as expected: {reason(error)}") from error
-        self._compile_added()
-        self.known_pieces: dict[str, list[int]] = {}
-
-    def encode_text(self, text: str) -> list[int]:
-        pieces = [text]
-        for pattern in self.split_patterns:
-            # split() with a group returns what lies between matches and the matches, in order
-            pieces = [part for piece in pieces for part in pattern.split(piece) if part]
-        ids: list[int] = []
-        for piece in pieces:
-            piece_ids = self.known_pieces.get(piece)
-            if piece_ids is None:
-                piece_ids = self.merge(piece)
-                if len(self.known_pieces) < MAX_KNOWN_PIECES and len(piece) <= MAX_KNOWN_LENGTH:
-                    self.known_pieces[piece] = piece_ids
-            ids += piece_ids
-        return ids
-
-    def merge(self, piece: str) -> list[int]:
-        """Ids of one piece, in n log n of its n bytes: a heap of possible merges over a linked list of tokens.
-
-        A heap entry is `rank * n + position of the left token`, so that equal ranks go left to right.
-        """
-        ids = [self.byte_ids[byte] for byte in piece.encode()]
-        n = len(ids)
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-        pairs = enumerate(zip(ids, ids[1:]))
-        heap = [self.ranks[pair] * n + left for left, pair in pairs if pair in self.ranks]
-        heapify(heap)
-        while heap:
-            rank, left = divmod(heappop(heap), n)
-            right = after[left]
-            if right == n or self.ranks.get((ids[left], ids[right])) != rank:
-                continue  # an earlier merge took one of the two
-            ids[left], ids[right] = self.merged_ids[rank], -1
-            after[left] = after[right]
-            if after[right] < n:
-                before[after[right]] = left
-            for a, b in ((before[left], left), (left, after[left])):  # the new token with either neighbour
-                if a >= 0 and b < n and (rank := self.ranks.get((ids[a], ids[b]))) is not None:
-                    heappush(heap, rank * n + a)
-        return [id for id in ids if id >= 0]
-
-    def token_bytes(self, id: int) -> bytes:
-        token = self.tokens.get(id, "")
-        try:
-            return bytes(CHAR_TO_BYTE[char] for char in token)
-        except KeyError:  # an added token is plain text, unless all of it happens to lie in the byte alphabet
-            return token.encode()
-
-
-def is_token_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def check_layout(spec: dict) -> None:
-    """Raises ValueError for a tokenizer.json with a part that ByteLevelBPE does not implement.
-
-    `post_processor`, `truncation` and `padding` are ignored: they change only what surrounds the ids of a text.
-    """
-    model, normalizer, decoder = spec["model"], spec.get("normalizer"), spec.get("decoder")
-    if model["type"] != "BPE":
-        raise ValueError(f"model type {model['type']!r}, expected 'BPE'")
-    if not all(is_token_id(id) for id in model["vocab"].values()):
-        raise ValueError("a token of the vocabulary has an id that is not a whole number from 0 to 2**31 - 1")
-    for option in (
-        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-        "ignore_merges",
-    ):  # fmt: skip
-        if model.get(option):
-            raise ValueError(f"model option {option} = {model[option]!r} is not supported")
-    for token in spec["added_tokens"]:
-        text, id, name = token["content"], token["id"], f"added token {str(token['content'])[:80]!r}"
-        if not isinstance(text, str) or not text or not is_token_id(id):
-            raise ValueError(f"{name} has id {str(id)[:80]}, expected some text and a whole number")
-        if any(token[flag] is not False for flag in ("single_word", "lstrip", "rstrip")):
-            raise ValueError(f"{name} with single_word, lstrip or rstrip is not supported")
-        if not isinstance(token["normalized"], bool) or not isinstance(token["special"], bool):
-            raise ValueError(f"{name}: normalized or special is neither true nor false")
-    if normalizer and normalizer.get("normalizers") != []:
-        raise ValueError(f"normalizer {normalizer['type']!r}, expected none")
-    if decoder and decoder["type"] != "ByteLevel":
-        raise ValueError(f"decoder {decoder['type']!r}, expected 'ByteLevel'")
-
-
-def pre_tokenizer_steps(spec: dict) -> list[dict]:
-    """The steps before ByteLevel, which must be last. ByteLevel cuts nothing; merge() does its byte mapping."""
-    pre_tokenizer = spec["pre_tokenizer"]
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    if [index for index, step in enumerate(steps) if step["type"] == "ByteLevel"] != [len(steps) - 1]:
-        raise ValueError("expected a pre-tokenizer whose last step, and no other, is ByteLevel")
-    if steps[-1]["add_prefix_space"] is not False or steps[-1]["use_regex"] is not False:
-        raise ValueError("ByteLevel with add_prefix_space or use_regex is not supported")
-    return steps[:-1]
-
-
-def split_pattern(step: dict) -> re.Pattern:
-    """One step of the pre-tokenizer as a pattern with one group around the whole match."""
-    if step["type"] == "Digits" and isinstance(step["individual_digits"], bool):
-        return re.compile(f"([{unicode_ranges()['N']}]{'' if step['individual_digits'] else '+'})")
-    if step["type"] == "Split" and step["behavior"] == "Isolated" and step["invert"] is False:
-        return re.compile(f"({python_regex(step['pattern']['Regex'])})", re.MULTILINE)  # Oniguruma's $: any line's end
-    raise ValueError(f"pre-tokenizer step {json.dumps(step)[:200]} is not supported")
-
-
-# Oniguruma's \s. Python's also takes U+001C to U+001F.
-WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-
-
-# The supported subset of regular expressions covers the released files, GPT-2 and Llama 3. Each construct below
-# means the same in Python as in Oniguruma, and no group can be repeated.
-ESCAPE = r"\\[rnt\\\[\](){}|?*+.^$/-]"
-CATEGORY = r"\\p\{[LMNPS]\}"
-CLASS_CHARACTER = rf"(?:{ESCAPE}|(?!&&|\|\||~~)[^\\\[\]-])"  # doubled, those three are or may become set operations
-REGEX_ITEM = re.compile(
-    rf"(?:\[\^?(?:{CLASS_CHARACTER}(?:-{CLASS_CHARACTER})?|\\s|{CATEGORY})+\]"  # a class
-    rf"|{CATEGORY}|\\[sS]|{ESCAPE}|[^\\\[\](){{}}|?*+.^$])"  # one character
-    r"(?P<count>[?*+]|\{\d(?:,\d)?\})?"
-    r"|\(\?!\\S\)|\$|\|"
-    r"|\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"  # no letters here fold to several, as ss to ß does
-)
-
-
-def python_regex(pattern: str) -> str:
-    """Oniguruma's syntax in Python's: \\p{L}, \\s, \\S as explicit ranges.
-
-    Raises ValueError for other constructs than REGEX_ITEM's, for a pattern that matches an empty text, and for one
-    that could take more than quadratic time: an alternative has at most three quantifiers, of which at most one
-    before its last item is * or +.
-    """
-
-    def translate(match: re.Match) -> str:
-        if match["name"]:
-            ranges = unicode_ranges()[match["name"]]
-        elif match[0] in (r"\s", r"\S"):
-            ranges = WHITE_SPACE
-        else:
-            return match[0]
-        if not in_class:
-            return f"[^{ranges}]" if match[0] == r"\S" else f"[{ranges}]"
-        return ranges
-
-    result, counts, start = "", [], 0
-    while start < len(pattern):
-        item = REGEX_ITEM.match(pattern, start)
-        if item is None:
-            raise ValueError(
-                f"a regular expression is not supported, or unterminated, from {pattern[start:][:40]!r} on"
-            )
-        counts = [] if item[0] == "|" else [*counts, item["count"]]
-        if len(counts) - counts.count(None) > 3 or sum(count in ("*", "+") for count in counts[:-1]) > 1:
-            raise ValueError(f"too many quantifiers in the regular expression {pattern[:80]!r}")
-        in_class = item[0].startswith("[")
-        result += re.sub(r"\\p\{(?P<name>.)\}|\\.", translate, item[0])
-        start = item.end()
-    if re.compile(result).match(""):
-        raise ValueError(f"the regular expression {pattern[:80]!r} matches an empty text")
-    return result
-
-
-@cache
-def unicode_ranges() -> dict[str, str]:
-    """For each major category (L letters, M marks, N numbers, P punctuation, S symbols) the inside of a class.
-
-    From Python's own Unicode tables, so characters that Unicode added later than those are in no category.
-    """
-    ranges: dict[str, list[str]] = {}
-    start, current = 0, "C"
-    for code in range(0x110001):
-        category = unicodedata.category(chr(code))[0] if code < 0x110000 else ""
-        if category != current:
-            ranges.setdefault(current, []).append(f"\\U{start:08x}-\\U{code - 1:08x}")
-            start, current = code, category
-    return {category: "".join(ranges[category]) for category in "LMNPS"}
-
-
-class SentencePiece(Tokenizer):
-    """A tokenizer.model through the sentencepiece package, with the same interface.
-
-    Control pieces and tokens added later are found in the text first; the rest, user-defined pieces
-    included, is sentencepiece's. It puts a space before a text if the model was trained so, and
-    decode() keeps that space, because decode() is the tokens' bytes joined, wherever they start.
-    """
-
-    def __init__(self, file: Path, config: dict):
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ValueError(f"{file}: reading this needs the sentencepiece package") from error
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file}: not a SentencePiece model") from error
-        super().__init__({self.model.id_to_piece(id): id for id in range(self.model.get_piece_size())}, config)
-        self.add_special_tokens([token for token, id in self.ids.items() if self.model.is_control(id)])
-
-    def encode_text(self, text: str) -> list[int]:
-        return self.model.encode(text)
-
-    def token_bytes(self, id: int) -> bytes:
-        piece = self.tokens.get(id, "")
-        if id in self.special_ids or not piece:
-            return piece.encode()
-        if self.model.is_unknown(id):
-            return " \u2047 ".encode()  # what sentencepiece prints for it
-        if self.model.is_byte(id):
-            return bytes([int(piece[3:5], 16)])  # <0xE4>
-        return piece.replace("\u2581", " ").encode()
-
-
-# ------------------------------------------------------------------------------------------- 4. Prompts
+# ------------------------------------------------------------------------------------------- 5. Prompts
 
 SYSTEM_TEXT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user"
     " provides, and assist the user with a variety of tasks using natural language."
 )
 IMAGE_MARKERS = ("<image_placeholder>", "<image>")  # of DeepSeek-VL, of DeepSeek-VL2
+IMAGE_KEYS = ("image", "path", "url", "image_url", "base64")
 ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
-@dataclass
-class Piece:
+class Piece(NamedTuple):
     """A stretch of the prompt; `learnt` marks what an assistant answered, end-of-sentence token included."""
 
     text: str
@@ -808,13 +809,12 @@ def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url"):  # transformers' and OpenAI's
-            sources = [part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
-            sources = [source.get("url") if isinstance(source, dict) else source for source in sources]
-            if isinstance(part.get("base64"), str):
-                sources.append(f"data:image;base64,{part['base64']}")
-            if len(sources) != 1:
-                raise ValueError("a part of type image must have one of image, path, url, image_url and base64")
-            images += sources
+            found = [(key, part[key]) for key in IMAGE_KEYS if part.get(key) is not None]
+            if len(found) != 1:
+                raise ValueError(f"a part of type image must have one of {', '.join(IMAGE_KEYS)}")
+            key, source = found[0]
+            source = source.get("url") if isinstance(source, dict) else source
+            images.append(f"data:image;base64,{source}" if key == "base64" else source)
             text += marker
         elif kind == "text" and isinstance(part.get("text"), str):
             words = part["text"].lstrip() if index == 0 else part["text"]
@@ -848,55 +848,13 @@ def vl2_pieces(system: str, messages: list[tuple[str, str]], end: str) -> list[P
     return pieces
 
 
-# ------------------------------------------------------------------------------- 5. Everything together
+# ------------------------------------------------------------------------------- 6. Everything together
 
 IGNORED = -100  # the label that cross_entropy skips
 GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 VL2_SPECIAL_TOKENS = ("<｜▁pad▁｜>", "<image>", *GROUNDING_TAGS, "<|User|>", "<|Assistant|>")
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
 MAX_INPUT_PIXELS = 2**24  # of all inputs made from one picture; the released VL2 models make at most 10 of 384 x 384
-MAX_COUNT = 10**12
-
-
-class Settings:
-    """What JSON files of a checkpoint say. An error names the file and the key."""
-
-    def __init__(self, values: object = None, file: str = ""):
-        self.values: dict[str, object] = {}
-        self.files: dict[str, str] = {}  # of each key
-        self.add({} if values is None else values, file)
-
-    def add(self, values: object, file: str) -> None:
-        """The entries of a file; they replace those of the same key."""
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: expected an object, found a {type(values).__name__}")
-        self.values |= values
-        self.files |= dict.fromkeys(values, file)
-        self.last_file = file  # where a missing key should have been
-
-    def refuse(self, key: str, expected: str) -> None:
-        found = repr(self.values[key])[:80] if key in self.values else "missing"
-        raise ValueError(f"{self.files.get(key, self.last_file)}: {key} is {found}, expected {expected}")
-
-    def one_of(self, key: str, *choices: object) -> object:
-        """One of a few values; the first where the key is absent. 1 and 1.0 are not True."""
-        value = self.values.get(key, choices[0])
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            self.refuse(key, " or ".join(map(repr, choices)))
-        return value
-
-    def integer(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
-        return self.numbers(key, (default,), 1, most, int)[0]
-
-    def numbers(self, key: str, default: tuple, least: float, most: float, kind: type = float) -> tuple:
-        """As many numbers as in `default`: a list, or one number alone. A `kind` of int refuses 3.0."""
-        value = self.values.get(key, default)
-        values = [value] if len(default) == 1 and key in self.values else value
-        fits = isinstance(values, (list, tuple)) and len(values) == len(default)
-        if not fits or not all(type(number) in (int, kind) and least <= number <= most for number in values):
-            name = "an integer" if kind is int else "a number" if len(default) == 1 else f"{len(default)} numbers"
-            self.refuse(key, f"{name} from {least} to {most}")
-        return tuple(values)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -904,7 +862,7 @@ def read_settings(folder: Path) -> Settings:
 
     transformers 5 writes the image settings inside processor_config.json and ignores the other file then.
     """
-    settings = Settings()
+    settings = Settings({}, str(folder))
     for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         if file.exists():
             content = read_json(file)
@@ -912,7 +870,7 @@ def read_settings(folder: Path) -> Settings:
             if nested is not None:
                 settings = Settings(nested, f"{file}: image_processor")
             settings.add(content, str(file))
-    if not settings.files:
+    if not settings.values:
         raise FileNotFoundError(f"{folder}: expected a preprocessor_config.json or processor_config.json")
     return settings
 
@@ -920,14 +878,14 @@ def read_settings(folder: Path) -> Settings:
 def read_pixels(settings: Settings, defaults: PixelSettings, prefix: str = "") -> PixelSettings:
     """PixelSettings of inputs of the defaults' side; `prefix` stands before the keys of the 7B's second tower."""
     for key in ("do_resize", "do_rescale", "do_pad"):
-        settings.one_of(key, True)
+        settings.one_of(key, [True], True)
     return PixelSettings(
         side=defaults.side,
         mean=settings.numbers(f"{prefix}image_mean", defaults.mean, 0, 1),
         std=settings.numbers(f"{prefix}image_std", defaults.std, 0.001, 1000),
-        normalize=settings.one_of("do_normalize", defaults.normalize, not defaults.normalize),
+        normalize=settings.one_of("do_normalize", FLAGS, defaults.normalize),
         min_size=settings.integer("min_size", min(defaults.min_size, defaults.side), defaults.side),
-        resample=settings.one_of(f"{prefix}resample", int(defaults.resample), *range(6)),
+        resample=settings.one_of(f"{prefix}resample", range(6), int(defaults.resample)),
         rescale_factor=settings.numbers("rescale_factor", (defaults.rescale_factor,), 0, 1)[0],
     )
 
@@ -978,57 +936,51 @@ class Processor:
 
     def __init__(self, path: str | os.PathLike):
         folder = Path(path)
-        config = read_json(folder / "config.json")
-        self.model_type = config.get("model_type")
-        if self.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type {self.model_type!r}, expected one of {', '.join(MODEL_TYPES)}"
-            )
-        settings = read_settings(folder)
-        self.mask_prompt = settings.one_of("mask_prompt", True, False)
+        config = Settings(read_json(folder / "config.json"), str(folder / "config.json"))
+        self.model_type = config.one_of("model_type", MODEL_TYPES)
         self.is_vl2 = self.model_type == "deepseek_vl_v2"
-        vision = Settings(config.get("vision_config"), f"{folder / 'config.json'}: vision_config")
-        key = "language_config" if config.get("language_config") else "text_config"
-        language = Settings(config.get(key), f"{folder / 'config.json'}: {key}")
+        language = config.section("language_config" if config.values.get("language_config") else "text_config")
         self.max_positions = language.integer("max_position_embeddings", 2048)
-        if self.is_vl2 and not settings.values.get("candidate_resolutions"):
-            settings.add({"candidate_resolutions": config.get("candidate_resolutions")}, f"{folder / 'config.json'}")
-        self._read_image_settings(settings, hybrid=vision.values.get("cls") == "HybridVisionTower")
+        tower = config.section("vision_config").values.get("cls")
+        settings = read_settings(folder)
+        self.mask_prompt = settings.one_of("mask_prompt", FLAGS, True)
+        settings.one_of("sft_format", ["deepseek"], "deepseek")
+        settings.one_of("add_special_token", [False], False)
+        if self.is_vl2:
+            self._read_tiles(settings, config)
+        else:
+            self._read_squares(settings, hybrid=tower == "HybridVisionTower")
 
         self.tokenizer = load_tokenizer(folder)
-        self.image_token = "<image>" if self.is_vl2 else "<image_placeholder>"
+        self.image_token = IMAGE_MARKERS[self.is_vl2]
         self.tokenizer.add_special_tokens(VL2_SPECIAL_TOKENS if self.is_vl2 else [self.image_token])
         self.image_token_id = self.tokenizer.token_to_id(self.image_token)
-        if config.get("image_token_id", self.image_token_id) != self.image_token_id:
-            raise ValueError(
-                f"{folder / 'config.json'}: image_token_id {config['image_token_id']}, but {self.image_token}"
-                f" is token {self.image_token_id} of the tokenizer"
-            )
+        if config.values.get("image_token_id", self.image_token_id) != self.image_token_id:
+            config.refuse("image_token_id", f"{self.image_token_id}, which is {self.image_token} of the tokenizer")
         self.bos_token_id, self.eos_token_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.bos_token_id is None or self.eos_token_id is None:
             raise ValueError(f"{folder / 'tokenizer_config.json'}: expected a bos_token and an eos_token with an id")
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else pad
 
-    def _read_image_settings(self, settings: Settings, hybrid: bool) -> None:
-        settings.one_of("sft_format", "deepseek")
-        settings.one_of("add_special_token", False)
-        if self.is_vl2:
-            self.candidate_resolutions = read_resolutions(settings)
-            defaults = replace(
-                PIXELS["deepseek-vl2"],
-                side=self.candidate_resolutions[0][0],
-                normalize=settings.one_of("normalize", True, False),
-            )
-            self.pixels = read_pixels(settings, defaults)
-            patches = defaults.side // settings.integer("patch_size", most=defaults.side)
-            self.tile_tokens = math.ceil(patches / settings.integer("downsample_ratio"))
-            return
+    def _read_tiles(self, settings: Settings, config: Settings) -> None:
+        """Settings of DeepSeek-VL2's tiles."""
+        if not settings.values.get("candidate_resolutions"):
+            settings.add({"candidate_resolutions": config.values.get("candidate_resolutions")}, config.name)
+        self.candidate_resolutions = read_resolutions(settings)
+        side = self.candidate_resolutions[0][0]
+        normalize = settings.one_of("normalize", FLAGS, True)
+        self.pixels = read_pixels(settings, replace(VL2_PIXELS, side=side, normalize=normalize))
+        patches = side // settings.integer("patch_size", most=side)
+        self.tile_tokens = math.ceil(patches / settings.integer("downsample_ratio"))
+
+    def _read_squares(self, settings: Settings, hybrid: bool) -> None:
+        """Settings of DeepSeek-VL's square inputs."""
         official = self.model_type == "multi_modality"
         side = read_side(settings, "image_size") if official else read_side(settings, "size", 384)
         defaults = PixelSettings(side)
         if official and hybrid:  # the model normalizes, for each of its towers
-            defaults = replace(defaults, normalize=settings.one_of("do_normalize", False))
+            defaults = replace(defaults, normalize=settings.one_of("do_normalize", [False], False))
         self.pixels = read_pixels(settings, defaults)
         if self.model_type == "deepseek_vl_hybrid":
             high = PixelSettings(read_side(settings, "high_res_size", 1024))
@@ -1061,15 +1013,12 @@ class Processor:
             tiles = cut_tiles(image, (wide * settings.side, high * settings.side), settings)
             pixels = torch.stack([to_tensor(tile, settings) for tile in tiles])
             return {"pixel_values": pixels, "images_spatial_crop": torch.tensor([[wide, high]])}, n_tokens
-        if self.model_type == "multi_modality":
-            square = official_square(image, settings)
-            return {"pixel_values": to_tensor(square, settings)[None]}, n_tokens
         inputs = {}
         if self.model_type == "deepseek_vl_hybrid":
             image = transformers_square(image, self.high_res_pixels)  # SigLIP's input is made from SAM's, in 8 bits
             inputs["high_res_pixel_values"] = to_tensor(image, self.high_res_pixels)[None]
-        inputs["pixel_values"] = to_tensor(transformers_square(image, settings), settings)[None]
-        return inputs, n_tokens
+        to_square = official_square if self.model_type == "multi_modality" else transformers_square
+        return inputs | {"pixel_values": to_tensor(to_square(image, settings), settings)[None]}, n_tokens
 
     def prompt(self, conversation: Sequence[dict], system: str | None = None, raw: bool = False) -> str:
         """A conversation as one text, with one marker an image.
@@ -1081,23 +1030,21 @@ class Processor:
 
     def _pieces(self, conversation: Sequence[dict], system: str | None, raw: bool) -> tuple[list[Piece], list]:
         """The prompt in pieces, and the conversation's images in order."""
-        messages, images = [], []
         parsed = [message_text(message, self.image_token, raw) for message in conversation]
-        count, other = sum(len(found) for _, _, found in parsed), IMAGE_MARKERS[not self.is_vl2]
-        own = sum(text.count(self.image_token) for _, text, _ in parsed)
-        theirs = sum(text.count(other) for _, text, _ in parsed)
-        for index, (role, text, message_images) in enumerate(parsed):
-            images += message_images
-            if own != count or not count:  # the other generation's marker counts where this one's do not fit
+        images = [image for _, _, found in parsed for image in found]
+        other = IMAGE_MARKERS[not self.is_vl2]
+        own, theirs = (sum(text.count(marker) for _, text, _ in parsed) for marker in (self.image_token, other))
+        messages = []
+        for role, text, found in parsed:
+            if own != len(images) or not images:  # the other generation's marker counts where this one's do not fit
                 text = text.replace(other, self.image_token)
-            if not own + theirs and message_images:  # no marker at all: the pictures come first
-                text = (self.image_token + "\n" * self.is_vl2) * len(message_images) + text
-            if role != "System":
-                messages.append((role, text))
-            elif index == 0 and system is None:
-                system = text
-            else:
-                raise ValueError("a system message must be the first, and the only system text given")
+            if not own + theirs:  # no marker at all: the pictures come first
+                text = (self.image_token + "\n" * self.is_vl2) * len(found) + text
+            messages.append((role, text))
+        if system is None and messages and messages[0][0] == "System":
+            system = messages.pop(0)[1]
+        if any(role == "System" for role, _ in messages):
+            raise ValueError("a system message must be the first, and the only system text given")
         if not messages:
             raise ValueError("a conversation needs at least one message of a user")
         if raw and (len(messages) > 1 or messages[0][0] != "User" or system is not None):
@@ -1168,11 +1115,7 @@ class Processor:
             )
 
     def __call__(
-        self,
-        conversations: Sequence[dict] | Sequence[Sequence[dict]],
-        system: str | None = None,
-        labels: bool = False,
-        raw: bool = False,
+        self, conversations: Sequence, system: str | None = None, labels: bool = False, raw: bool = False
     ) -> dict[str, Tensor]:
         """A batch for the model from one conversation or a list of them, shorter ones padded on the left.
 
@@ -1221,11 +1164,13 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens)
 
 
-# ------------------------------------------------------------------------------------------- 6. Boxes
+# ------------------------------------------------------------------------------------------- 7. Boxes
 
 # DeepSeek-VL2 answers where something is with <|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], ...]<|/det|>,
 # in thousandths of the image's width and height, 0 to 999. The tags (GROUNDING_TAGS) are special tokens.
 COORDINATES = 999
+NUMBER = r"\s*([-+]?\d{1,12}(?:\.\d{0,12})?)\s*"
+FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]", re.ASCII)
 
 
 class Box(NamedTuple):
@@ -1252,29 +1197,17 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
     width, height = image_size
     if not (1 <= width < math.inf and 1 <= height < math.inf):
         raise ValueError(f"image_size is {image_size}, expected a positive width and height")
-    boxes, label, tag = [], "", None
-    for part in re.split(r"(<\|/?(?:ref|det)\|>)", text):
-        if re.fullmatch(r"<\|/?(?:ref|det)\|>", part):
-            tag = part
-        elif tag == "<|ref|>":
-            label = part.strip()
-        elif tag == "<|det|>":
-            for bracket in re.findall(r"\[([^\[\]]*)\]", part):
-                box = to_pixels(bracket, width, height)
-                if box is not None:
-                    boxes.append(Box(label, *box))
+    boxes, label = [], ""
+    parts = re.split(r"<\|(/?ref|/?det)\|>", text)
+    for tag, part in zip(parts[1::2], parts[2::2]):
+        label = part.strip() if tag == "ref" else label
+        for corners in FOUR_NUMBERS.findall(part) if tag == "det" else ():
+            x1, y1, x2, y2 = (min(max(float(number), 0), COORDINATES) / COORDINATES for number in corners)
+            left, right = sorted((int(x1 * width), int(x2 * width)))
+            top, bottom = sorted((int(y1 * height), int(y2 * height)))
+            if left < right and top < bottom:
+                boxes.append(Box(label, left, top, right, bottom))
     return boxes
-
-
-def to_pixels(bracket: str, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Four numbers of a bracket as left, top, right, bottom in pixels; None where they are no box."""
-    numbers = bracket.split(",")
-    if len(numbers) != 4 or not all(re.fullmatch(r"\s*[-+]?\d{1,12}(\.\d{0,12})?\s*", n, re.ASCII) for n in numbers):
-        return None
-    x1, y1, x2, y2 = (min(max(float(n), 0), COORDINATES) / COORDINATES for n in numbers)
-    left, right = sorted((int(x1 * width), int(x2 * width)))
-    top, bottom = sorted((int(y1 * height), int(y2 * height)))
-    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")  # dark enough for white text
@@ -1289,22 +1222,22 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     size = max(12, min(image.size) // 32)
     line = max(2, size // 6)
-    taken: list[tuple[int, int, int, int]] = []
-    for i, box in enumerate(boxes):
-        colour = BOX_COLOURS[i % len(BOX_COLOURS)]
+    coloured = list(zip(boxes, cycle(BOX_COLOURS)))
+    for box, colour in coloured:
         corners = (box.left, box.top, max(box.right - 1, box.left), max(box.bottom - 1, box.top))
         draw.rectangle(corners, outline=colour, width=line)
     font = ImageFont.load_default(size)
-    for i, box in enumerate(boxes):
-        text = fit_label(box.label, font, image.width - size) or f"{i + 1}"
+    taken: list[tuple[int, int, int, int]] = []
+    for number, (box, colour) in enumerate(coloured, 1):
+        text = fit_label(box.label, font, image.width - size) or str(number)
         wide, high = (int(side) + size // 2 for side in font.getbbox(text, anchor="lt")[2:])
         left = max(0, min(box.left, image.width - wide))
-        places = [box.top - high, box.bottom, *range(box.top, image.height, high), *range(box.top, -1, -high)]
-        places = [top for top in places if 0 <= top <= image.height - high] or [0]
-        free = [top for top in places if not any(overlap((left, top, left + wide, top + high), t) for t in taken)]
-        place = (left, (free or places)[0], left + wide, (free or places)[0] + high)
+        tops = [box.top - high, box.bottom, *range(box.top, image.height, high), *range(box.top, -1, -high)]
+        tops = [top for top in tops if 0 <= top <= image.height - high] or [0]
+        places = [(left, top, left + wide, top + high) for top in tops]
+        place = next((place for place in places if not any(overlap(place, other) for other in taken)), places[0])
         taken.append(place)
-        draw.rectangle(place, fill=BOX_COLOURS[i % len(BOX_COLOURS)])
+        draw.rectangle(place, fill=colour)
         draw.text((place[0] + size // 4, place[1] + size // 4), text, fill="white", font=font, anchor="lt")
     return image
 

@@ -622,8 +622,8 @@ def test_addresses_that_cannot_be_reached(monkeypatch):
 VL, VL7B, VL2 = "vl-siglip", "vl-hybrid", "vl2-mha"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 BAD_FILES = {
-    "unknown architecture": (VL, "config.json", {"model_type": "llava"}, "model_type 'llava'"),
-    "another image token": (VL, "config.json", {"image_token_id": 7}, "image_token_id 7"),
+    "unknown architecture": (VL, "config.json", {"model_type": "llava"}, "model_type is 'llava'"),
+    "another image token": (VL, "config.json", {"image_token_id": 7}, "image_token_id is 7"),
     "no image size": (VL, PREPROCESSOR, {"image_size": KeyError}, "image_size"),
     "normalized twice": (VL7B, PREPROCESSOR, {"do_normalize": True}, "do_normalize is True, expected False"),
     "no end token": (VL, TOKENIZER, {"eos_token": KeyError}, TOKENIZER),
