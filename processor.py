@@ -43,7 +43,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 
@@ -57,6 +57,7 @@ def reason(error: Exception | str) -> str:
 # ----------------------------------------------------------------------------------------- 1. JSON files
 
 MAX_COUNT = 10**12
+FLAGS = [True, False]
 
 
 def check_is_no_pointer(path: Path) -> None:
@@ -99,7 +100,7 @@ class Settings:
     def section(self, key: str) -> Settings:
         """The object inside; an absent or null one is empty."""
         value = self.values.get(key)
-        return Settings({} if value is None else value, f"{self.name}: {key}")
+        return type(self)({} if value is None else value, f"{self.name}: {key}")
 
     def refuse(self, key: str, expected: str) -> None:
         found = repr(self.values[key])[:80] if key in self.values else "missing"
@@ -189,8 +190,9 @@ class Tokenizer:
         """The patterns that cut added tokens out of a text; a change of `added` makes them anew."""
 
         def either(normalized: bool) -> re.Pattern:
-            longest_first = sorted((token for token in self.added if self.added[token] is normalized), key=len)[::-1]
-            return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nothing
+            tokens = [token for token in self.added if self.added[token] is normalized]
+            longest_first = map(re.escape, sorted(tokens, key=len, reverse=True))
+            return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
 
         self.raw_pattern, self.normalized_pattern = either(False), either(True)
 
@@ -244,7 +246,7 @@ NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 # What ByteLevelBPE implements: the values that each part of a tokenizer.json may have; None stands for a missing key.
 # `post_processor`, `truncation` and `padding` are ignored: they change only what surrounds the ids of a text.
-FLAGS, UNUSED = (True, False), (None, False, 0, 0.0, "")
+OFF, UNUSED = [False], [None, False, 0, 0.0, ""]
 SUPPORTED = {
     "model": {
         "type": ["BPE"], "dropout": UNUSED, "unk_token": UNUSED, "continuing_subword_prefix": UNUSED,
@@ -252,16 +254,15 @@ SUPPORTED = {
     },
     "normalizer": {"type": [None, "Sequence"], "normalizers": [[]]},
     "decoder": {"type": ["ByteLevel"]},
-    "added token": {
-        "single_word": [False], "lstrip": [False], "rstrip": [False], "normalized": FLAGS, "special": FLAGS,
-    },
-    "Split": {"behavior": ["Isolated"], "invert": [False]},
+    "added token": {"single_word": OFF, "lstrip": OFF, "rstrip": OFF, "normalized": FLAGS, "special": FLAGS},
+    "Split": {"behavior": ["Isolated"], "invert": OFF},
     "Digits": {"individual_digits": FLAGS},
-    "ByteLevel": {"add_prefix_space": [False], "use_regex": [False]},
+    "ByteLevel": {"add_prefix_space": OFF, "use_regex": OFF},
 }  # fmt: skip
 
 
 def check_supported(part: object, kind: str, name: str = "") -> None:
+    """Raises ValueError for a part of a tokenizer.json that says what SUPPORTED does not list."""
     settings = Settings(part, f"{kind} {name}".strip())
     for key, choices in SUPPORTED[kind].items():
         settings.one_of(key, choices)
@@ -359,9 +360,10 @@ def split_pattern(step: dict) -> re.Pattern:
         raise ValueError(f"pre-tokenizer step {json.dumps(step)[:200]} is not supported")
     check_supported(step, step["type"])
     if step["type"] == "Split":
-        return re.compile(f"({python_regex(step['pattern']['Regex'])})", re.MULTILINE)  # Oniguruma's $: any line's end
-    numbers = character_ranges()[r"\p{N}"]
-    return re.compile(f"([{numbers}]{'' if step['individual_digits'] else '+'})")
+        regex = step["pattern"]["Regex"]
+    else:
+        regex = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    return re.compile(f"({python_regex(regex)})", re.MULTILINE)  # Oniguruma's $: any line's end
 
 
 # The supported subset of regular expressions covers the released files, GPT-2 and Llama 3. Each construct below
@@ -465,9 +467,7 @@ MAX_IMAGE_SIDE = 65_535
 PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit (a global, 179 million pixels) is lifted
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 DOWNLOAD_SECONDS = 30.0
-
-EXIF_ORIENTATION = 0x0112
-# A PNG file gives its transparent colour in the scale of its samples, Pillow its samples in 8 bits.
+# From the scale in which a PNG file writes its transparent colour to that of the 8 bits that Pillow decodes to.
 TRANSPARENT_SCALE = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
 
 
@@ -556,7 +556,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: damaged image data ({reason(error)})") from error
     rgb.info.clear()
     with suppress(Exception):  # a damaged EXIF block turns nothing; viewers show such pictures as stored
-        rgb.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+        rgb.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(rgb, in_place=True)
     return rgb
 
@@ -565,11 +565,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to RGB, decoded; transparency is composited on white, deep grey is scaled and not clipped."""
     scale = TRANSPARENT_SCALE.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
     image.load()
-    transparent = image.info.get("transparency")
-    if scale and transparent is not None:
-        several = isinstance(transparent, tuple)
-        values = [int(value * scale) for value in (transparent if several else (transparent,))]
-        image.info["transparency"] = tuple(values) if several else values[0]
+    if scale and "transparency" in image.info:
+        scaled = np.multiply(image.info["transparency"], scale).astype(int).tolist()
+        image.info["transparency"] = tuple(scaled) if isinstance(scaled, list) else scaled
     if image.mode == "F" or image.mode.startswith("I"):  # I;16 in either byte order, I
         image = grey_to_8bit(image)
     if image.mode == "LAB":
@@ -620,7 +618,7 @@ def download(url: str) -> bytes:
     if isinstance(result, bytes):
         return result
     cause = result.reason if type(result) is urllib.error.URLError else result
-    raise ValueError(f"{url}: {reason(cause)}") from result
+    raise ValueError(f"{url[:200]}: {reason(cause)}") from result
 
 
 class StayOnHttp(urllib.request.HTTPRedirectHandler):
@@ -752,9 +750,8 @@ def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSe
     if round(shortest / longest * settings.side) == 0:
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too thin for tiles of {settings.side}")
     side = settings.side
-    whole, local = (
-        ImageOps.pad(image, size, settings.resample, settings.background) for size in ((side, side), resolution)
-    )
+    whole = ImageOps.pad(image, (side, side), settings.resample, settings.background)
+    local = ImageOps.pad(image, resolution, settings.resample, settings.background)
     corners = ((left, top) for top in range(0, resolution[1], side) for left in range(0, resolution[0], side))
     return [whole, *(local.crop((left, top, left + side, top + side)) for left, top in corners)]
 
@@ -766,7 +763,6 @@ SYSTEM_TEXT = (
     " provides, and assist the user with a variety of tasks using natural language."
 )
 IMAGE_MARKERS = ("<image_placeholder>", "<image>")  # of DeepSeek-VL, of DeepSeek-VL2
-IMAGE_KEYS = ("image", "path", "url", "image_url", "base64")
 ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -786,7 +782,7 @@ def message_text(message: dict, marker: str, raw: bool) -> tuple[str, str, list]
         raise ValueError(f"a message must have role, content and perhaps images, found {str(message)[:80]}")
     role = ROLES.get(str(message["role"]).strip("<|>").lower())
     if role is None:
-        raise ValueError(f"role {message['role']!r}: expected user, assistant or system")
+        raise ValueError(f"role {str(message['role'])[:80]!r}: expected user, assistant or system")
     content, images = message["content"], message.get("images") or []
     if isinstance(content, str):
         if not isinstance(images, (list, tuple)):
@@ -809,12 +805,13 @@ def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url"):  # transformers' and OpenAI's
-            found = [(key, part[key]) for key in IMAGE_KEYS if part.get(key) is not None]
-            if len(found) != 1:
-                raise ValueError(f"a part of type image must have one of {', '.join(IMAGE_KEYS)}")
-            key, source = found[0]
-            source = source.get("url") if isinstance(source, dict) else source
-            images.append(f"data:image;base64,{source}" if key == "base64" else source)
+            sources = [part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
+            sources = [source.get("url") if isinstance(source, dict) else source for source in sources]
+            if isinstance(part.get("base64"), str):
+                sources.append(f"data:image;base64,{part['base64']}")
+            if len(sources) != 1:
+                raise ValueError("a part of type image must have one of image, path, url, image_url and base64")
+            images += sources
             text += marker
         elif kind == "text" and isinstance(part.get("text"), str):
             words = part["text"].lstrip() if index == 0 else part["text"]
@@ -902,12 +899,10 @@ def read_resolutions(settings: Settings) -> list[list[int]]:
     """DeepSeek-VL2's candidate_resolutions, each a width and height in tiles of the first one's width."""
     key = "candidate_resolutions"
     sizes = settings.values[key]
-    if not isinstance(sizes, list) or not sizes:
-        settings.refuse(key, "a list of widths and heights")
-    for size in sizes:
+    for size in sizes if isinstance(sizes, list) and sizes else [sizes]:
         pair = isinstance(size, list) and len(size) == 2 and all(type(length) is int and length > 0 for length in size)
         if not pair or any(length % sizes[0][0] for length in size):
-            settings.refuse(key, f"widths and heights in whole tiles, not {str(size)[:80]}")
+            settings.refuse(key, f"a list of widths and heights in whole tiles, not {str(size)[:80]}")
         if size[0] * size[1] + sizes[0][0] ** 2 > MAX_INPUT_PIXELS:  # the tiles and the whole picture
             settings.refuse(key, f"at most {MAX_INPUT_PIXELS} pixels, not {str(size)[:80]} and a tile")
     return sizes
@@ -1030,17 +1025,16 @@ class Processor:
 
     def _pieces(self, conversation: Sequence[dict], system: str | None, raw: bool) -> tuple[list[Piece], list]:
         """The prompt in pieces, and the conversation's images in order."""
-        parsed = [message_text(message, self.image_token, raw) for message in conversation]
+        marker, other = self.image_token, IMAGE_MARKERS[not self.is_vl2]
+        parsed = [message_text(message, marker, raw) for message in conversation]
         images = [image for _, _, found in parsed for image in found]
-        other = IMAGE_MARKERS[not self.is_vl2]
-        own, theirs = (sum(text.count(marker) for _, text, _ in parsed) for marker in (self.image_token, other))
-        messages = []
-        for role, text, found in parsed:
-            if own != len(images) or not images:  # the other generation's marker counts where this one's do not fit
-                text = text.replace(other, self.image_token)
-            if not own + theirs:  # no marker at all: the pictures come first
-                text = (self.image_token + "\n" * self.is_vl2) * len(found) + text
-            messages.append((role, text))
+        texts = [text for _, text, _ in parsed]
+        if not images or sum(text.count(marker) for text in texts) != len(images):
+            texts = [text.replace(other, marker) for text in texts]  # the other generation's marker is taken as well
+        if not any(marker in text for text in texts):  # the pictures come first
+            first = f"{marker}\n" if self.is_vl2 else marker
+            texts = [first * len(found) + text for text, (_, _, found) in zip(texts, parsed)]
+        messages = [(role, text) for text, (role, _, _) in zip(texts, parsed)]
         if system is None and messages and messages[0][0] == "System":
             system = messages.pop(0)[1]
         if any(role == "System" for role, _ in messages):
@@ -1053,21 +1047,23 @@ class Processor:
             messages.append(("Assistant", ""))
         if system is None:
             system = "" if self.is_vl2 else SYSTEM_TEXT
-        end = self.tokenizer.tokens[self.eos_token_id]
-        pieces = (vl2_pieces if self.is_vl2 else vl_pieces)(system.strip(), messages, end)
-        pieces = [Piece(messages[0][1], learnt=True)] if raw else pieces
-        n_markers = sum(piece.text.count(self.image_token) for piece in pieces)
+        if raw:
+            pieces = [Piece(messages[0][1], learnt=True)]
+        else:
+            end = self.tokenizer.tokens[self.eos_token_id]
+            pieces = (vl2_pieces if self.is_vl2 else vl_pieces)(system.strip(), messages, end)
+        n_markers = sum(piece.text.count(marker) for piece in pieces)
         if n_markers != len(images):
             markers = f"{n_markers} image marker{'s' * (n_markers != 1)}"
             given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
             raise ValueError(f"the text has {markers}, but {given} given")
-        if self.is_vl2 and not raw and any(self.image_token in piece.text for piece in pieces if piece.learnt):
+        if self.is_vl2 and not raw and any(marker in piece.text for piece in pieces if piece.learnt):
             raise ValueError("an assistant's message holds an image, which DeepSeek-VL2 does not take")
         return pieces, images
 
     def _tokenize(self, pieces: list[Piece], labels: bool, raw: bool) -> tuple[list[int], list[bool]]:
-        """Ids with the begin token in front and one id an image, and for each whether it is learnt."""
-        encode, learnt = self.tokenizer.encode, [piece.learnt for piece in pieces]
+        """Ids with the begin token in front and one id an image. With `labels`, also whether each is learnt."""
+        encode = self.tokenizer.encode
         if self.is_vl2:
             runs = [encode(piece.text if raw else piece.text.lstrip(" ")) for piece in pieces]
             ids, ends = [id for run in runs for id in run], accumulate(map(len, runs))
@@ -1076,15 +1072,13 @@ class Processor:
             # No token crosses the space before an answer, so the ids of each prefix are the first ids of the text.
             ids = encode(text)
             ends = [*(len(encode(prefix)) for prefix in prefixes if labels), len(ids)]
-        flags: list[bool] = []
-        for end, flag in zip(ends, learnt if labels else [False] * len(learnt)):
-            flags += [flag] * (end - len(flags))
-        return [self.bos_token_id, *ids], [False, *flags]
+        learnt: list[bool] = []
+        for end, piece in zip(ends, pieces):
+            learnt += [piece.learnt] * (end - len(learnt))
+        return [self.bos_token_id, *ids], [False, *learnt]
 
-    def _row(
-        self, conversation: Sequence[dict], system: str | None, labels: bool, raw: bool
-    ) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Tensor]]]:
-        """One conversation: ids (T,), where image features go (T,), labels (T,), and each image's tensors."""
+    def _row(self, conversation: Sequence[dict], system: str | None, labels: bool, raw: bool) -> tuple:
+        """One conversation: ids int64 (T,), where image features go bool (T,), labels int64 (T,), images' tensors."""
         pieces, sources = self._pieces(conversation, system, raw)
         tokens, flags = self._tokenize(pieces, labels, raw)
         tiled = len(sources) <= 2  # DeepSeek-VL2 gives each of three or more images one local tile
@@ -1109,10 +1103,8 @@ class Processor:
 
     def _check_length(self, length: int) -> None:
         if length > self.max_positions:
-            raise ValueError(
-                f"the prompt has at least {length} tokens, over the model's context of {self.max_positions}"
-                " (max_position_embeddings)"
-            )
+            limit = f"{self.max_positions} (max_position_embeddings)"
+            raise ValueError(f"the prompt has at least {length} tokens, over the model's context of {limit}")
 
     def __call__(
         self, conversations: Sequence, system: str | None = None, labels: bool = False, raw: bool = False
