@@ -782,7 +782,7 @@ def message_text(message: dict, marker: str, raw: bool) -> tuple[str, str, list]
         raise ValueError(f"a message must have role, content and perhaps images, found {str(message)[:80]}")
     role = ROLES.get(str(message["role"]).strip("<|>").lower())
     if role is None:
-        raise ValueError(f"role {str(message['role'])[:80]!r}: expected user, assistant or system")
+        raise ValueError(f"role {repr(message['role'])[:80]}: expected user, assistant or system")
     content, images = message["content"], message.get("images") or []
     if isinstance(content, str):
         if not isinstance(images, (list, tuple)):
