@@ -57,7 +57,6 @@ def reason(error: Exception | str) -> str:
 # ----------------------------------------------------------------------------------------- 1. JSON files
 
 MAX_COUNT = 10**12
-FLAGS = [True, False]
 
 
 def check_is_no_pointer(path: Path) -> None:
@@ -82,12 +81,12 @@ def read_json(path: Path) -> dict:
 
 
 class Settings:
-    """The entries of JSON objects. Every error is a ValueError that names the file, the key and what was expected."""
+    """The entries of a JSON object; None is an empty one. An error names the file, the key and what was expected."""
 
     def __init__(self, values: object, name: str):
         self.values: dict[str, object] = {}
         self.names: dict[str, str] = {}  # of the file of each key
-        self.add(values, name)
+        self.add({} if values is None else values, name)
 
     def add(self, values: object, name: str) -> None:
         """The entries of another file; they replace those of the same key."""
@@ -99,16 +98,15 @@ class Settings:
 
     def section(self, key: str) -> Settings:
         """The object inside; an absent or null one is empty."""
-        value = self.values.get(key)
-        return type(self)({} if value is None else value, f"{self.name}: {key}")
+        return type(self)(self.values.get(key), f"{self.name}: {key}")
 
     def refuse(self, key: str, expected: str) -> None:
         found = repr(self.values[key])[:80] if key in self.values else "missing"
         raise ValueError(f"{self.names.get(key, self.name)}: {key} is {found}, expected {expected}")
 
-    def one_of(self, key: str, choices: Iterable, default: object = None) -> object:
-        """One of a few values. 1 and 1.0 are not True. A missing key is `default`, and refused if that is no choice."""
-        value = self.values.get(key, default)
+    def one_of(self, key: str, *choices: object) -> object:
+        """One of a few values; the first where the key is absent. 1 and 1.0 are not True."""
+        value = self.values.get(key, choices[0])
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             self.refuse(key, " or ".join(map(repr, choices)))
         return value
@@ -244,9 +242,9 @@ CHAR_TO_BYTE |= {chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYT
 # Added tokens are matched in the text itself, so the letter `ü` becomes the token of byte 0xFC and decodes to it.
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
-# What ByteLevelBPE implements: the values that each part of a tokenizer.json may have; None stands for a missing key.
+# What ByteLevelBPE implements: the values that each part of a tokenizer.json may have; a missing key is None.
 # `post_processor`, `truncation` and `padding` are ignored: they change only what surrounds the ids of a text.
-OFF, UNUSED = [False], [None, False, 0, 0.0, ""]
+OFF, FLAGS, UNUSED = [False], [True, False], [None, False, 0, 0.0, ""]
 SUPPORTED = {
     "model": {
         "type": ["BPE"], "dropout": UNUSED, "unk_token": UNUSED, "continuing_subword_prefix": UNUSED,
@@ -264,8 +262,9 @@ SUPPORTED = {
 def check_supported(part: object, kind: str, name: str = "") -> None:
     """Raises ValueError for a part of a tokenizer.json that says what SUPPORTED does not list."""
     settings = Settings(part, f"{kind} {name}".strip())
+    settings.values = dict.fromkeys(SUPPORTED[kind]) | settings.values
     for key, choices in SUPPORTED[kind].items():
-        settings.one_of(key, choices)
+        settings.one_of(key, *choices)
 
 
 class ByteLevelBPE(Tokenizer):
@@ -875,14 +874,14 @@ def read_settings(folder: Path) -> Settings:
 def read_pixels(settings: Settings, defaults: PixelSettings, prefix: str = "") -> PixelSettings:
     """PixelSettings of inputs of the defaults' side; `prefix` stands before the keys of the 7B's second tower."""
     for key in ("do_resize", "do_rescale", "do_pad"):
-        settings.one_of(key, [True], True)
+        settings.one_of(key, True)
     return PixelSettings(
         side=defaults.side,
         mean=settings.numbers(f"{prefix}image_mean", defaults.mean, 0, 1),
         std=settings.numbers(f"{prefix}image_std", defaults.std, 0.001, 1000),
-        normalize=settings.one_of("do_normalize", FLAGS, defaults.normalize),
+        normalize=settings.one_of("do_normalize", defaults.normalize, not defaults.normalize),
         min_size=settings.integer("min_size", min(defaults.min_size, defaults.side), defaults.side),
-        resample=settings.one_of(f"{prefix}resample", range(6), int(defaults.resample)),
+        resample=settings.one_of(f"{prefix}resample", int(defaults.resample), *range(6)),
         rescale_factor=settings.numbers("rescale_factor", (defaults.rescale_factor,), 0, 1)[0],
     )
 
@@ -932,15 +931,17 @@ class Processor:
     def __init__(self, path: str | os.PathLike):
         folder = Path(path)
         config = Settings(read_json(folder / "config.json"), str(folder / "config.json"))
-        self.model_type = config.one_of("model_type", MODEL_TYPES)
+        self.model_type = config.values.get("model_type")
+        if self.model_type not in MODEL_TYPES:
+            config.refuse("model_type", f"one of {', '.join(MODEL_TYPES)}")
         self.is_vl2 = self.model_type == "deepseek_vl_v2"
         language = config.section("language_config" if config.values.get("language_config") else "text_config")
         self.max_positions = language.integer("max_position_embeddings", 2048)
         tower = config.section("vision_config").values.get("cls")
         settings = read_settings(folder)
-        self.mask_prompt = settings.one_of("mask_prompt", FLAGS, True)
-        settings.one_of("sft_format", ["deepseek"], "deepseek")
-        settings.one_of("add_special_token", [False], False)
+        self.mask_prompt = settings.one_of("mask_prompt", True, False)
+        settings.one_of("sft_format", "deepseek")
+        settings.one_of("add_special_token", False)
         if self.is_vl2:
             self._read_tiles(settings, config)
         else:
@@ -964,7 +965,7 @@ class Processor:
             settings.add({"candidate_resolutions": config.values.get("candidate_resolutions")}, config.name)
         self.candidate_resolutions = read_resolutions(settings)
         side = self.candidate_resolutions[0][0]
-        normalize = settings.one_of("normalize", FLAGS, True)
+        normalize = settings.one_of("normalize", True, False)
         self.pixels = read_pixels(settings, replace(VL2_PIXELS, side=side, normalize=normalize))
         patches = side // settings.integer("patch_size", most=side)
         self.tile_tokens = math.ceil(patches / settings.integer("downsample_ratio"))
@@ -975,7 +976,7 @@ class Processor:
         side = read_side(settings, "image_size") if official else read_side(settings, "size", 384)
         defaults = PixelSettings(side)
         if official and hybrid:  # the model normalizes, for each of its towers
-            defaults = replace(defaults, normalize=settings.one_of("do_normalize", [False], False))
+            defaults = replace(defaults, normalize=settings.one_of("do_normalize", False))
         self.pixels = read_pixels(settings, defaults)
         if self.model_type == "deepseek_vl_hybrid":
             high = PixelSettings(read_side(settings, "high_res_size", 1024))
