@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -31,9 +32,25 @@ from pathlib import Path
 # ---------------------------------------------------------------------------- command line: options
 
 
+progress_stands = False  # on the last line of the terminal
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """Progress on a terminal, each text in place of the last, cut to the window's width."""
+    global progress_stands
+    if not quiet and sys.stderr.isatty():
+        with suppress(OSError):
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            end = "\n" if text.endswith("\n") else ""
+            print(f"\r\033[K{text.rstrip()[: width - 1]}", end=end, file=sys.stderr, flush=True)
+            progress_stands = text != "" and not end
+
+
 def tell(line: str) -> None:
-    """Print a line on standard error, where somebody may have closed it or its disk may be full."""
+    """Print a line on standard error, in place of progress; somebody may have closed it, or its disk may be full."""
     with suppress(OSError, ValueError):
+        if progress_stands:
+            note("")
         print(line, file=sys.stderr, flush=True)
 
 
@@ -77,44 +94,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(arguments)
-    try:
-        for name in ("prompt", "system"):
-            check_utf8(f"--{name}", getattr(args, name) or "")
-    except ValueError as error:
-        parser.error(str(error))
-    if args.chat:
-        for name, given in (("raw", args.raw), ("boxes", args.boxes), ("prompt -", args.prompt == "-")):
-            if given:
-                parser.error(f"--{name} answers one question, not a --chat")
-        if "-" in args.image:
-            parser.error("--image - and --chat both read standard input, give a file")
-    if args.raw and args.system is not None:
-        parser.error("--system has no place in a --raw prompt")
-    if "" in args.stop:
-        parser.error("--stop needs a text")
-    if args.temperature == 0:
-        for name, given in (("top-k", args.top_k != 0), ("top-p", args.top_p != 1), ("seed", args.seed is not None)):
-            if given:
-                parser.error(f"--{name} has no effect at temperature 0, give --temperature")
+    greedy, reads_input = args.temperature == 0, "-" in (args.prompt, *args.image)
+    wrong = {
+        "--prompt is not valid UTF-8": not is_utf8(args.prompt or ""),
+        "--system is not valid UTF-8": not is_utf8(args.system or ""),
+        "--system has no place in a --raw prompt": args.raw and args.system is not None,
+        "--stop needs a text": "" in args.stop,
+        "--raw answers one question, not a --chat": args.chat and args.raw,
+        "--boxes answers one question, not a --chat": args.chat and args.boxes is not None,
+        "--boxes draws on an image, give --image": args.boxes is not None and not args.image,
+        "--chat and - both read standard input, give a text or a file": args.chat and reads_input,
+        "standard input is closed": (args.chat or reads_input) and sys.stdin is None,
+        "--save writes a quantized checkpoint, give --quantize": args.save is not None and args.quantize is None,
+        "--top-k has no effect at temperature 0, give --temperature": greedy and args.top_k != 0,
+        "--top-p has no effect at temperature 0, give --temperature": greedy and args.top_p != 1,
+        "--seed has no effect at temperature 0, give --temperature": greedy and args.seed is not None,
+    }
+    for message, found in wrong.items():
+        if found:
+            parser.error(message)
     return args
 
 
-def check_utf8(name: str, text: str) -> str:
-    """The text. Raises: ValueError for bytes that were no UTF-8, which Python keeps as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is not valid UTF-8") from None
-    return text
-
-
-def note(text: str, quiet: bool = False) -> None:
-    """Progress on a terminal, each text in place of the last, cut to the window's width."""
-    if not quiet and sys.stderr.isatty():
-        with suppress(OSError):
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            end = "\n" if text.endswith("\n") else ""
-            print(f"\r\033[K{text.rstrip()[: width - 1]}", end=end, file=sys.stderr, flush=True)
+def is_utf8(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that were none are surrogates in a Python text."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def exit_at_interrupt() -> None:
@@ -147,11 +151,10 @@ from load_weights import (
     download_hint,
     load_model,
     pack,
-    read_config,
     save_checkpoint,
 )
 from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts
-from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes
+from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes, reason
 
 # ---------------------------------------------------------------------------- sampling
 
@@ -175,17 +178,11 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest tokens whose probabilities reach p (nucleus sampling, 1904.09751).
-
-    At least one is kept. Only what may still be chosen is sorted: after a small top-k that is little.
-    """
-    allowed = (logits > -math.inf).any(dim=0).nonzero()[:, 0]
-    left = logits.index_select(1, allowed)
-    ordered, order = left.sort(dim=-1)  # ascending: the tail to cut comes first
+    """Keep the fewest tokens whose probabilities reach p, at least one (nucleus sampling, 1904.09751)."""
+    ordered, order = logits.sort(dim=-1)  # ascending: the tail to cut comes first
     tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     tail[:, -1] = False
-    kept = left.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
-    return torch.full_like(logits, -math.inf).index_copy(1, allowed, kept)
+    return logits.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -205,27 +202,17 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 2**63
-
-
-def number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-OPTIONS = {  # of `generate`: which values are valid, and how an error says that
-    "max_new_tokens": (lambda n: whole(n, 1), "a whole number from 1 to 2**63 - 1"),
-    "temperature": (
-        lambda t: number(t) and (t == 0 or t >= 1e-6),
-        "0, or from 1e-6 to 1e9",
-    ),  # below, division overflows
-    "top_k": (lambda k: whole(k, 0), "a whole number from 0 (off) to 2**63 - 1"),
-    "top_p": (lambda p: number(p) and 0 < p <= 1, "above 0 and at most 1"),
-    "repetition_penalty": (lambda r: number(r) and r > 1e-6, "from 1e-6 to 1e9"),
-    "seed": (lambda s: s is None or whole(s, 0), "a whole number from 0 to 2**63 - 1"),
-    "chunk_size": (lambda c: c is None or whole(c, 1), "a whole number from 1 to 2**63 - 1"),
-    "n": (lambda n: whole(n, 1), "a whole number from 1 to 2**63 - 1"),
-    "log_probs": (lambda k: k is None or whole(k, 0), "a whole number from 0 to 2**63 - 1"),
+LARGEST = 2**63 - 1  # of torch's whole numbers
+OPTIONS = {  # of `generate`: a whole number or any, from where to where, and what else is valid
+    "max_new_tokens": (Integral, 1, LARGEST, ()),
+    "temperature": (Real, 1e-6, 1e9, (0,)),  # below, division overflows
+    "top_k": (Integral, 0, LARGEST, ()),
+    "top_p": (Real, 1e-9, 1, ()),
+    "repetition_penalty": (Real, 1e-6, 1e9, ()),
+    "seed": (Integral, 0, LARGEST, (None,)),
+    "chunk_size": (Integral, 1, LARGEST, (None,)),
+    "n": (Integral, 1, LARGEST, ()),
+    "log_probs": (Integral, 0, LARGEST, (None,)),
 }
 
 
@@ -234,10 +221,12 @@ def check_options(**options: object) -> None:
     for name, value in options.items():
         if name not in OPTIONS:
             raise TypeError(f"unknown option {name}, expected one of {', '.join(OPTIONS)}")
-        if not OPTIONS[name][0](value):
-            long = isinstance(value, int) and value.bit_length() > 128
-            shown = f"{value.bit_length()} bits long" if long else repr(value)[:80]
-            raise ValueError(f"{name} is {shown}, expected {OPTIONS[name][1]}")
+        kind, least, most, others = OPTIONS[name]
+        in_range = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+        if not in_range and value not in others:
+            shown = "an int of many digits" if isinstance(value, int) and abs(value) > 10**99 else repr(value)[:80]
+            expected = " or ".join([f"from {least} to {most}", *map(str, others)])
+            raise ValueError(f"{name} is {shown}, expected a {'whole ' * (kind is Integral)}number {expected}")
 
 
 # ---------------------------------------------------------------------------- generation
@@ -268,19 +257,11 @@ PICTURES = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")  # w
 
 def split_pictures(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The arguments of `encode_images` for each picture alone."""
-    given = {name: batch[name] for name in PICTURES if batch.get(name) is not None}
-    crops, pictures = given.get("images_spatial_crop"), len(given.get("pixel_values", ()))
-    tiles = [1] * pictures if crops is None else (crops.prod(dim=1) + 1).tolist()  # the whole picture, and its tiles
-    parts = {name: tensor.split(tiles if name == "pixel_values" else 1) for name, tensor in given.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(len(tiles) if pictures else 0)]
-
-
-def embed_prompt(model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
-    """The prompt's tokens and pictures as the decoder is fed them, (B, T, D)."""
-    pixels = batch.get("pixel_values")
-    seen = pixels is not None and len(pixels)
-    features = model.encode_images(*(batch.get(name) for name in PICTURES)) if seen else ()
-    return model.embed(batch["input_ids"], features, batch.get("images_seq_mask"))
+    given = {name: batch[name] for name in PICTURES if batch.get(name) is not None and len(batch[name])}
+    crops = given.get("images_spatial_crop")
+    tiles = 1 if crops is None else (crops.prod(dim=1) + 1).tolist()  # the whole picture, and its tiles
+    parts = [tensor.split(tiles if name == "pixel_values" else 1) for name, tensor in given.items()]
+    return [dict(zip(given, part)) for part in zip(*parts)]
 
 
 class ConversationCache:
@@ -357,11 +338,11 @@ def decode(
 @torch.inference_mode()
 def answer(
     model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, chunk_size: int | None = None, n: int = 1,
-    cache: ConversationCache | None = None, **sampling,
-) -> Iterator[list[int]]:  # fmt: skip
-    """Prefill, then decode: yield one id a row at each step. `generate` explains batch and options.
+    cache: ConversationCache | None = None, stop: Sequence[str] = (), tokenizer: Tokenizer | None = None, **sampling,
+) -> Iterator[list[int | None]]:  # fmt: skip
+    """Prefill, then decode: yield an id a row at each step, None for rows that have ended, until all have.
 
-    Finished rows keep decoding until all finish; ignore their ids.
+    `generate` explains batch and options.
     """
     check_options(max_new_tokens=max_new_tokens, chunk_size=chunk_size, n=n, **sampling)
     x, input_ids, mask = (batch.get(name) for name in ("inputs_embeds", "input_ids", "attention_mask"))
@@ -377,13 +358,17 @@ def answer(
         raise ValueError("a cache continues one conversation of input_ids: not inputs_embeds, a batch, or n above 1")
     if n > 1 and sampling.get("temperature", 0) == 0:
         raise ValueError(f"n is {n} at temperature 0, where all answers are the same")
+    if stop and (tokenizer is None or isinstance(stop, str) or not all(stop)):
+        raise ValueError("stop is a list of texts that are not empty, and needs the tokenizer")
     steps = min(max_new_tokens, most - T + 1)
 
+    kv = model.new_cache(B, T + steps - 1) if cache is None else cache.kv
     if cache is not None:
-        x, kv = cache.embed_new(model, batch), cache.kv
+        x = cache.embed_new(model, batch)
         kv.enlarge(T + steps - 1)
-    else:
-        x, kv = embed_prompt(model, batch) if x is None else x, model.new_cache(B, T + steps - 1)
+    elif x is None:
+        features = model.encode_images(*(batch.get(name) for name in PICTURES))
+        x = model.embed(input_ids, features, batch.get("images_seq_mask"))
     logits = prefill(model, x, mask[:, -x.shape[1] :], kv, chunk_size and int(chunk_size))
     seen = torch.zeros_like(logits, dtype=torch.long)  # (B, vocabulary), how often a row has each id; without padding
     if input_ids is not None:
@@ -391,20 +376,21 @@ def answer(
     if n > 1:
         kv.enlarge(kv.capacity, n)
         logits, seen = logits.repeat_interleave(n, dim=0), seen.repeat_interleave(n, dim=0)
-    for ids in decode(model, logits, seen > 0, kv, steps, **sampling):
+
+    open_rows, texts = set(range(B * n)), [TextStream(tokenizer, stop) for _ in range(B * n if stop else 0)]
+    for ids in decode(model, logits, seen > 0, kv, steps, **sampling):  # rows that have ended are fed as the others
         if cache is not None:
             cache.tokens += [(id, None) for id in ids]
-        yield ids
+        yield [id if row in open_rows else None for row, id in enumerate(ids)]
+        for text, id in zip(texts, ids):
+            text.push(id)
+        stopped = {row for row, text in enumerate(texts) if text.stopped}
+        open_rows -= stopped | {row for row, id in enumerate(ids) if id in model.config.end_token_ids}
+        if not open_rows:
+            return
 
 
-def generate(
-    model: DeepseekVL,
-    batch: dict[str, Tensor],
-    max_new_tokens: int = 512,
-    stop: Sequence[str] = (),
-    tokenizer: Tokenizer | None = None,
-    **options,
-) -> list[list[int]]:
+def generate(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> list[list[int]]:
     """The new ids of each row, its end token included where it was produced.
 
     A row ends with an end token, with the token that completes a `stop` text, or after `max_new_tokens`; all
@@ -414,46 +400,27 @@ def generate(
         batch: as `Processor` makes it: input_ids (B, T), attention_mask (B, T), pixels. Or inputs_embeds
             (B, T, D), from `DeepseekVL.embed`, in place of ids and pixels; if input_ids are there too, they
             are what the repetition penalty counts.
-        stop: texts that end an answer; they need the `tokenizer`.
         options: temperature (0: always the likeliest token), top_k (0: off), top_p (1: off),
             repetition_penalty (1: off; counts prompt and answer), seed (for temperature above 0;
             None: another answer each time), chunk_size (tokens of the prompt fed at once), n (answers to
             each prompt, which is fed once: B * n rows, those of one prompt in a row), log_probs (k: the
-            ids are `Token`s with the k likeliest at their place), cache (a `ConversationCache`: feed only
-            what it does not hold).
+            ids are `Token`s with the k likeliest at their place), stop (texts that end an answer; they need
+            the `tokenizer`), cache (a `ConversationCache`: feed only what it does not hold).
     Raises: ValueError for an option out of its range, or a prompt beyond the model's context.
     """
-    if stop and (tokenizer is None or isinstance(stop, str) or not all(stop)):
-        raise ValueError("stop is a list of texts that are not empty, and needs the tokenizer")
-    ends, rows, texts = model.config.end_token_ids, [], []
-    open_rows: set[int] | None = None
-    for ids in answer(model, batch, max_new_tokens, **options):
-        if open_rows is None:
-            rows, open_rows = [[] for _ in ids], set(range(len(ids)))
-            texts = [TextStream(tokenizer, stop) for _ in ids] if stop else []
-        for row in sorted(open_rows):
-            rows[row].append(ids[row])
-            if stop:
-                texts[row].push(ids[row])
-            if ids[row] in ends or stop and texts[row].stopped:
-                open_rows.remove(row)
-        if not open_rows:
-            break
-    return rows
+    steps = list(answer(model, batch, max_new_tokens, **options))
+    return [[id for id in row if id is not None] for row in zip(*steps)]
 
 
 def stream(model: DeepseekVL, batch: dict[str, Tensor], max_new_tokens: int = 512, **options) -> Iterator[int]:
     """The ids that `generate` returns, each as it comes, for a batch of one conversation.
 
-    Stop texts are the business of `TextStream`. Raises: ValueError as `generate`, and for more than one row.
+    Raises: ValueError as `generate`, and for more than one row.
     """
-    rows = len(batch.get("input_ids", batch.get("inputs_embeds", ()))) * options.get("n", 1)
-    if rows != 1:
-        raise ValueError(f"stream takes one conversation, this batch has {rows}; use generate")
-    for (new,) in answer(model, batch, max_new_tokens, **options):
+    for new, *others in answer(model, batch, max_new_tokens, **options):
+        if others:
+            raise ValueError(f"stream takes one conversation, this batch has {1 + len(others)}; use generate")
         yield new
-        if new in model.config.end_token_ids:
-            return
 
 
 class CompiledSteps:
@@ -573,12 +540,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def pick_device(name: str) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU. Raises: ValueError for one that is not here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, here in available.items() if here)
-    if not available[name]:
-        here = ", ".join(device for device, here in available.items() if here)
-        raise ValueError(f"--device {name}: there is none here, expected one of {here}")
-    return torch.device(name)
+    here = [device for device, is_here in available.items() if is_here]
+    if name not in ("auto", *here):
+        raise ValueError(f"--device {name}: there is none here, expected one of {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -596,12 +561,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def matmul_seconds(dtype: torch.dtype) -> float:
     """The best of a few (256, 1024) x (1024, 1024) matmuls on the CPU."""
     x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=6))
 
 
 def make_message(prompt: str | None, images: list[str], raw: bool = False) -> dict:
@@ -623,8 +583,6 @@ def make_message(prompt: str | None, images: list[str], raw: bool = False) -> di
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError where a file or folder of the options cannot be, before any time is spent."""
     if args.save is not None:
-        if args.quantize is None:
-            raise ValueError("--save writes a quantized checkpoint, give --quantize")
         try:
             check_new_folder(Path(args.save))
         except ValueError as error:
@@ -637,8 +595,6 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError(f"--model {args.model[:200]!r} {found}, expected a checkpoint folder{hint}")
     if args.boxes is not None:
         file = Path(args.boxes)
-        if not args.image:
-            raise ValueError("--boxes draws on an image, give --image")
         if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ValueError(f"--boxes {file}: expected a name that ends in .png, .jpg or .webp")
         if file.is_dir() or not file.resolve().parent.is_dir():
@@ -657,8 +613,7 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Load, answer, report."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "chunk_size")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
     check_options(**options)
     check_files(args)
     folder = DEMO if args.model is None else Path(args.model).expanduser()
@@ -672,37 +627,25 @@ def run(args: argparse.Namespace) -> None:
     if asks:
         message = make_message(args.prompt, args.image, args.raw)
         batch = processor([message], system=args.system, raw=args.raw)
-        highest_id = int(batch["input_ids"].max())
-        vocabulary = read_config(folder, processor.tokenizer).language.vocab_size
-        if highest_id >= vocabulary:
-            raise ValueError(f"{folder}: the tokenizer gives id {highest_id}, the model knows ids below {vocabulary}")
-    pictures = {image: load_image(image) for image in args.image} if args.chat else {}
+    pictures = [load_named(image) for image in args.image] if args.chat else []
     if folder.resolve() == DEMO.resolve():
-        note("", args.quiet)
         tell(DEMO_NOTICE)
     kinds = [str(dtype).removeprefix("torch.")] + ([args.quantize] if args.quantize else [])
     loading = f" as {' and '.join(kinds)} on {device}: loading {folder}"
     model = load_model(
-        folder,
-        dtype=dtype,
-        device=device,
-        quantize=args.quantize,
-        pack=args.save is None,
-        tokenizer=processor.tokenizer,
-        progress=lambda share: note(f"{share:.0%}{loading}", args.quiet),
-    )
+        folder, dtype=dtype, device=device, quantize=args.quantize, pack=args.save is None,
+        tokenizer=processor.tokenizer, progress=lambda share: note(f"{share:.0%}{loading}", args.quiet),
+    )  # fmt: skip
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
     slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if slow:
-        note("", args.quiet)
         tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
     if args.compile:
         lead = ""
 
         def warn(why: str) -> None:
-            note("", args.quiet)
             tell(f"{lead}--compile: not possible here, going on without it ({why})")
 
         compile_steps(model, warn)
@@ -723,7 +666,7 @@ def say_answer(
 
     With a cache, in a chat, Ctrl-C ends the answer alone.
     """
-    text, answer, interrupted, new = TextStream(processor.tokenizer, args.stop), "", False, None
+    text, answer, ended = TextStream(processor.tokenizer, args.stop), "", False
 
     def say(piece: str) -> None:
         nonlocal answer
@@ -734,15 +677,14 @@ def say_answer(
     start, times = time.perf_counter(), []
     note(f"prefilling {batch['input_ids'].shape[1]} tokens", args.quiet)
     try:
-        for new in stream(model, batch, cache=cache, **options):
+        for new in stream(model, batch, cache=cache, stop=args.stop, tokenizer=processor.tokenizer, **options):
             if not times:
                 note("", args.quiet)
             times.append(time.perf_counter())
             say(text.push(new))
-            if text.stopped:
-                break
+        ended = text.stopped or new in model.config.end_token_ids
     except KeyboardInterrupt:
-        interrupted = True
+        ended = True
         if cache is None:
             raise
     finally:
@@ -755,7 +697,7 @@ def say_answer(
             read, written = times[0] - start, now - times[0]
             fed = batch["input_ids"].shape[1] - (cache.reused if cache else 0)
             note(f"{fed} tokens read in {read:.1f} s, {count} written in {written:.1f} s{rate}\n", args.quiet)
-    if not (interrupted or text.stopped or new in model.config.end_token_ids):
+    if not ended:
         limit = "--max-new-tokens" if len(times) == options["max_new_tokens"] else "the model's context"
         tell(f"the answer was cut off after {len(times)} tokens, by {limit}")
     return answer
@@ -767,46 +709,46 @@ COMMANDS = """/image FILE  adds it to the next question
 /quit        ends, as does Ctrl-D"""
 
 
-def chat(
-    args: argparse.Namespace, model: DeepseekVL, processor: Processor, waiting: dict[str, Image.Image], options: dict
-) -> None:
-    """Answer the lines of standard input. `waiting` has the next question's pictures, by what they were named."""
+def load_named(name: str) -> Image.Image:
+    """The picture, and in its `info` where it comes from."""
+    picture = load_image(name)
+    picture.info["name"] = name
+    return picture
+
+
+def chat(args: argparse.Namespace, model: DeepseekVL, processor: Processor, pictures: list, options: dict) -> None:
+    """Answer the lines of standard input. `pictures`: those of `load_named` that go with the next question."""
     with suppress(ImportError):
         import readline  # noqa: F401 (`input` then edits and remembers lines)
-    if sys.stdin is None:
-        raise ValueError("--chat reads questions from standard input, which is closed")
     sys.stdin.reconfigure(errors="surrogateescape")
-    terminal = sys.stdin.isatty()
+    terminal, most = sys.stdin.isatty(), processor.max_positions
     if terminal:
-        note("", args.quiet)
         tell(COMMANDS)
-    messages, spoken, cache, line = [], [], ConversationCache(model), args.prompt  # spoken: with pictures by name
+    messages, cache, line = [], ConversationCache(model), args.prompt
     while True:
         try:
             line = input("> " if terminal else "") if line is None else line
             command, _, value = line.strip().partition(" ")
+            value = value.strip()
             if command == "/quit":
                 return
             if command == "/clear":
-                messages, spoken, waiting, cache = [], [], {}, ConversationCache(model)
+                messages, pictures, cache = [], [], ConversationCache(model)
             elif command == "/image":
-                if value.strip() in ("", "-"):
+                if value in ("", "-"):
                     raise ValueError("/image needs the name of a file, or an address")
-                waiting = waiting | {value.strip(): load_image(value.strip())}
+                pictures = [*pictures, load_named(value)]
             elif command == "/save":
-                save_conversation(Path(value.strip()).expanduser(), spoken)
+                save_conversation(Path(value).expanduser(), messages)
             elif command.startswith("/"):
                 raise ValueError(f"{command[:80]} is no command, expected /image, /clear, /save or /quit")
             elif command:
-                question = {"role": "user", "content": check_utf8("the question", line.strip())}
-                batch = processor([*messages, question | {"images": list(waiting.values())}], system=args.system)
-                answer = say_answer(args, model, processor, batch, options, cache)
+                if not is_utf8(line):
+                    raise ValueError("the question is not valid UTF-8")
+                asked = [*messages, {"role": "user", "content": line.strip(), "images": pictures}]
+                answer = say_answer(args, model, processor, processor(asked, system=args.system), options, cache)
                 if answer:  # otherwise the question was not asked
-                    reply = {"role": "assistant", "content": answer}
-                    messages += [question | {"images": list(waiting.values())}, reply]
-                    spoken += [question | {"images": list(waiting)}, reply]
-                    waiting = {}
-                most = processor.max_positions
+                    messages, pictures = [*asked, {"role": "assistant", "content": answer}], []
                 if (left := most - len(cache.tokens)) < most // 10:
                     tell(f"{left} tokens are left of the model's context of {most}: /clear starts over")
         except EOFError:
@@ -816,12 +758,8 @@ def chat(
             if not terminal:
                 raise
             print()
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            note("", args.quiet)
-            hint = ": /clear starts over" if "over the model's context" in str(error) else ""
-            tell(f"error: {' '.join(str(error).split())}{hint}")
+        except (ValueError, FileNotFoundError) as error:
+            tell(f"error: {reason(error)}{': /clear starts over' * ('over the model' in str(error))}")
         line = None
 
 
@@ -829,8 +767,9 @@ def save_conversation(file: Path, messages: list[dict]) -> None:
     """Write messages, as `Processor` takes them, as JSON. Raises: ValueError where that cannot be done."""
     if file.suffix != ".json":
         raise ValueError(f"/save {file}: expected a name that ends in .json")
+    text = json.dumps(messages, ensure_ascii=False, indent=1, default=lambda picture: picture.info["name"])
     with whole_file(file) as unfinished:
-        unfinished.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(text + "\n", encoding="utf-8")
     tell(f"{len(messages)} messages written to {file}")
 
 
@@ -860,7 +799,6 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        note("", args.quiet)
         fail(str(error) or type(error).__name__)
     finally:
         exit_at_interrupt()

@@ -713,7 +713,7 @@ class DeepseekVL(nn.Module):
         return KVCache(self.config.language, batch_size, capacity, self.dtype, self.device, self.fixed_shape_steps)
 
     def encode_images(
-        self, pixel_values: Tensor, high_res_pixel_values: Tensor | None = None,
+        self, pixel_values: Tensor | None, high_res_pixel_values: Tensor | None = None,
         images_spatial_crop: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Pixels -> features in the language model's width.
@@ -723,9 +723,11 @@ class DeepseekVL(nn.Module):
                 resolution, as the official processor gives them, or normalized at the low one, beside
                 `high_res_pixel_values`, as transformers' processor does. For DeepSeek-VL2 the tiles of
                 all images, and `images_spatial_crop` (images, 2), tiles wide and high.
-        Returns: one (N, D) tensor for each image, in the order of the batch.
+        Returns: one (N, D) tensor for each image, in the order of the batch; none where there are no pixels.
         Raises: ValueError for pixels of another size, and tiles that do not fit images_spatial_crop.
         """
+        if pixel_values is None or not len(pixel_values):
+            return []
         pixels, high_pixels, sizes = pixel_values.to(self.device), high_res_pixel_values, self.config.vision
         dtype, then = (next((p.dtype for p in part.parameters()), self.dtype) for part in (self.vision, self.aligner))
         if isinstance(self.vision, HybridTower):
@@ -756,11 +758,10 @@ class DeepseekVL(nn.Module):
         Returns: (B, T, D).
         Raises: ValueError for ids beyond the vocabulary, and where places and features differ in number.
         """
-        input_ids = input_ids.to(self.device)
-        vocabulary = self.config.language.vocab_size
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        input_ids, largest = input_ids.to(self.device), self.config.language.vocab_size - 1
+        if ((input_ids < 0) | (input_ids > largest)).any():
             low, high = input_ids.aminmax()
-            raise ValueError(f"input_ids reach from {low} to {high}, expected 0 to {vocabulary - 1}")
+            raise ValueError(f"input_ids reach from {low} to {high}, expected 0 to {largest}; does the tokenizer fit?")
         embeddings = self.language.embed_tokens(input_ids)
         if images_seq_mask is None:
             if not len(features):
@@ -802,9 +803,8 @@ class DeepseekVL(nn.Module):
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: logits_to_keep must be 0")
         if inputs_embeds is None:
-            seen = pixel_values is not None and len(pixel_values)
-            pictures = (pixel_values, high_res_pixel_values, images_spatial_crop)
-            inputs_embeds = self.embed(input_ids, self.encode_images(*pictures) if seen else (), images_seq_mask)
+            features = self.encode_images(pixel_values, high_res_pixel_values, images_spatial_crop)
+            inputs_embeds = self.embed(input_ids, features, images_seq_mask)
         x, D = inputs_embeds.to(self.device), self.config.language.hidden_size
         if x.dim() != 3 or x.shape[2] != D:
             raise ValueError(f"inputs_embeds have shape {list(x.shape)}, expected [B, T, {D}]")

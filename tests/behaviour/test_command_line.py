@@ -559,7 +559,7 @@ BAD_COMMANDS = {
     "--model missing-tensor --prompt Hello": f"missing-tensor: missing tensor {NORM}, expected shape [64]",
     "--model extra-tensor --prompt Hello": "extra-tensor: unexpected tensor extra",
     "--model wrong-shape --prompt Hello": f"tensor {NORM} has shape [65], config.json says [64]",
-    "--model other-tokenizer --prompt Hello": "the tokenizer gives id 600, the model knows ids below 512",
+    "--model other-tokenizer --prompt Hello": "to 600, expected 0 to 511; does the tokenizer fit?",
 }
 
 
