@@ -21,20 +21,7 @@ from pathlib import Path
 DEMO = Path(__file__).resolve().parent
 sys.path[:0] = [str(DEMO.parent)]
 
-from generate import (
-    DEMO_NOTICE,
-    DTYPES,
-    ConversationCache,
-    Parser,
-    TextStream,
-    check_options,
-    fail,
-    note,
-    pick_device,
-    pick_dtype,
-    stream,
-    tell,
-)
+import generate
 from load_weights import load_model
 from model import DeepseekVL
 from processor import MAX_DOWNLOAD_BYTES, Processor, draw_boxes, load_image, parse_boxes, reason
@@ -45,8 +32,10 @@ except ImportError:
     gr = None
 
 VISITORS = 4  # answered at the same time, and with a cache that is kept
-EXAMPLES = [("Describe this image.", "scene"), ("What does the sign say?", "scene"), ("Read the text.", "photo")]
-EXAMPLES += [("Which is higher, the yellow star or the green circle?", "scene"), ("Describe this image.", "drawing")]
+EXAMPLES = [
+    ("Describe this image.", "scene.png"), ("What does the sign say?", "scene.png"), ("Read the text.", "photo.png"),
+    ("Which is higher, the yellow star or the green circle?", "scene.png"), ("Describe this image.", "drawing.png"),
+]  # fmt: skip
 
 
 class Chat:
@@ -54,27 +43,27 @@ class Chat:
 
     def __init__(self, model: DeepseekVL, processor: Processor, chunk_size: int | None):
         self.model, self.processor, self.chunk_size = model, processor, chunk_size
-        self.caches: dict[str, ConversationCache] = {}  # by visitor, the last one last
+        self.caches: dict[str, generate.ConversationCache] = {}  # by visitor, the last one last
         self.step = threading.Lock()
 
     def answer(self, visitor: str, batch: dict, **options) -> Iterator[tuple[str, int]]:
         """After each token: the answer so far, and the token's id."""
-        cache = self.caches.pop(visitor, None) or ConversationCache(self.model)
-        pieces, answer, id = TextStream(self.processor.tokenizer), "", None
-        ids = stream(self.model, batch, cache=cache, chunk_size=self.chunk_size, **options)
+        cache = self.caches.pop(visitor, None) or generate.ConversationCache(self.model)
+        text, answer, id = generate.TextStream(self.processor.tokenizer), "", None
+        ids = generate.stream(self.model, batch, cache=cache, chunk_size=self.chunk_size, **options)
         try:
-            while True:
-                with self.step:
-                    new = next(ids, None)
-                if new is None:
-                    break
-                id, answer = new, answer + pieces.push(new)
+            while (new := self.next_id(ids)) is not None:
+                id, answer = new, answer + text.push(new)
                 yield answer.strip(), id
-            yield (answer + pieces.finish()).strip(), id
+            yield (answer + text.finish()).strip(), id
         finally:  # also after a stop
             self.caches[visitor] = cache
             for forgotten in list(self.caches)[:-VISITORS]:
                 self.caches.pop(forgotten, None)
+
+    def next_id(self, ids: Iterator[int]) -> int | None:
+        with self.step:
+            return next(ids, None)
 
     def leave(self, request: gr.Request) -> None:
         self.caches.pop(request.session_hash, None)
@@ -89,10 +78,10 @@ class Chat:
         try:
             if not text and not files:
                 raise ValueError("write a question, or add a picture")
-            messages = [*messages, {"role": "user", "content": text or "Describe this image.", "images": files}]
+            text = text or "Describe this image."
+            messages = [*messages, {"role": "user", "content": text, "images": files}]
+            shown = [*shown, {"role": "user", "content": [*({"path": file} for file in files), text]}]
             batch = self.processor(messages)
-            shown = shown + [{"role": "user", "content": {"path": file}} for file in files]
-            shown = shown + [{"role": "user", "content": text}] * bool(text)
             yield None, shown, gr.skip()
             for answer, id in self.answer(request.session_hash, batch, max_new_tokens=max_new_tokens, **sampling):
                 ended = id in self.model.config.end_token_ids
@@ -131,11 +120,7 @@ def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
                 gr.Slider(0.1, 2, 1, step=0.1, label="Repetition penalty"),
                 gr.Slider(8, 4096, 512, step=8, label="Max Generation Tokens"),
             ]
-        examples = [
-            [{"text": text, "files": [str(DEMO / "images" / f"{name}.png") for name in names.split()]}]
-            for text, names in EXAMPLES
-        ]
-        gr.Examples(examples, question)
+        gr.Examples([[{"text": text, "files": [str(DEMO / "images" / name)]}] for text, name in EXAMPLES], question)
         answering = question.submit(
             chat.respond, [question, shown, messages, *options], [question, shown, messages], concurrency_limit=VISITORS
         )
@@ -147,7 +132,7 @@ def build_page(chat: Chat, title: str, notice: str) -> gr.Blocks:
 
 
 def run(args: Namespace) -> None:
-    check_options(chunk_size=args.chunk_size)
+    generate.check_options(chunk_size=args.chunk_size)
     if not 0 < args.port < 2**16:
         raise ValueError(f"--port {args.port}: expected 1 to 65535")
     try:  # before the model is loaded
@@ -158,33 +143,29 @@ def run(args: Namespace) -> None:
         raise ValueError(f"cannot listen on --host {args.host} --port {args.port}: {why}") from None
     if gr is None:
         raise ValueError("the page needs Gradio: pip install gradio")
-    processor, device = Processor(args.model), pick_device(args.device)
+    processor, device = Processor(args.model), generate.pick_device(args.device)
     model = load_model(
-        args.model, dtype=pick_dtype(args.dtype, device), device=device, quantize=args.quantize, pack=True,
-        tokenizer=processor.tokenizer, progress=lambda share: note(f"{share:.0%} of {args.model} loaded"),
+        args.model, dtype=generate.pick_dtype(args.dtype, device), device=device, quantize=args.quantize, pack=True,
+        tokenizer=processor.tokenizer, progress=lambda share: generate.note(f"{share:.0%} of {args.model} loaded"),
     )  # fmt: skip
-    notice = f"{DEMO_NOTICE[0].upper()}{DEMO_NOTICE[1:]}." if args.model.resolve() == DEMO / "checkpoint" else ""
+    notice = f"{generate.DEMO_NOTICE.capitalize()}." if args.model.resolve() == DEMO / "checkpoint" else ""
     page = build_page(Chat(model, processor, args.chunk_size), "DeepSeek-VL", notice)
     page.launch(
         server_name=args.host, server_port=args.port, share=False, max_file_size=MAX_DOWNLOAD_BYTES,
         prevent_thread_lock=True, quiet=True,
     )  # fmt: skip
-    note("")
-    tell(f"http://{args.host}:{args.port}, until Ctrl-C")
-    try:
-        threading.Event().wait()
-    finally:
-        page.close(verbose=False)
+    generate.tell(f"http://{args.host}:{args.port}, until Ctrl-C")
+    page.block_thread()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = generate.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, default=DEMO / "checkpoint", metavar="DIR", help="default: demo/checkpoint")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     add("--port", type=int, default=7860, help="default: %(default)s")
     add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of what is not quantized")
+    add("--dtype", choices=("auto", *generate.DTYPES), default="auto", help="of what is not quantized")
     add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     try:
@@ -192,8 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        note("")
-        fail(reason(error))
+        generate.fail(reason(error))
 
 
 if __name__ == "__main__":
