@@ -32,19 +32,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from generate import (
-    DEMO,
-    DTYPES,
-    Parser,
-    TextStream,
-    check_options,
-    fail,
-    generate,
-    note,
-    pick_device,
-    pick_dtype,
-    tell,
-)
+from generate import DEMO, Parser, TextStream, check_options, fail, generate, note, pick_device, pick_dtype, tell
 from load_weights import load_model
 from model import DeepseekVL
 from processor import Processor, reason
@@ -238,7 +226,6 @@ def run(args: Namespace) -> None:
     agree()
     if RANK == 0:
         so_far = join_parts(answers, questions, ended=True)
-        note("")
         tell(f"{so_far} in {args.answers}")
 
 
@@ -264,23 +251,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("questions", type=Path, metavar="QUESTIONS", help='lines of {"id": ..., "prompt": ..., "images": [FILE, ...]}')
-    add(
-        "answers", type=Path, metavar="ANSWERS", help='lines of {"id": ..., "answer": ...} or {"id": ..., "error": ...}'
-    )
+    add("answers", type=Path, metavar="ANSWERS", help='lines of {"id": ..., "answer": ...}, or "error" in its place')
     add("--model", type=Path, default=DEMO, metavar="DIR", help="checkpoint folder (default: demo/checkpoint)")
     add("--batch-size", type=int, default=8, metavar="N", help="questions asked together (default: %(default)s)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of what is not quantized")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not quantized")
     add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="of several GPUs each process has one")
     try:
         run(parser.parse_args(arguments))
     except KeyboardInterrupt:
-        note("")
         tell("stopped; the same command goes on from here")
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        note("")
         fail(f"process {RANK}: {reason(error)}" if WORLD > 1 else reason(error))
     finally:
         if dist.is_initialized():
