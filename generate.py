@@ -703,7 +703,7 @@ def say_answer(
     return answer
 
 
-COMMANDS = """/image FILE  adds it to the next question
+COMMANDS = """/image FILE  joins the next question
 /clear       starts over
 /save FILE   writes all as JSON
 /quit        ends, as does Ctrl-D"""

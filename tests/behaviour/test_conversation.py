@@ -188,7 +188,7 @@ def test_stop_texts(name):
     for start in range(0, len(whole) - 3, 2):
         stop = [whole[start : start + 3], "never said"]
         (ids,) = generate(model, batch, 20, stop=stop, tokenizer=processor.tokenizer)
-        assert ids == free[: len(ids)]
+        assert ids == free[: len(ids)] == [*stream(model, batch, 20, stop=stop, tokenizer=processor.tokenizer)]
         text = TextStream(processor.tokenizer, stop)
         pieces = [text.push(id) for id in free]
         assert text.stopped and "".join(pieces) + text.finish() == whole[: whole.index(stop[0])]
@@ -318,6 +318,19 @@ def test_chat_near_the_end_of_the_context(tmp_path):
     assert "over the model's context of 128" in done.stderr.splitlines()[-1]
 
 
+def test_a_picture_given_twice_is_two_pictures(tmp_path):
+    file = tmp_path / "said.json"
+    done = chat(f"/image {SCENE}\n/image {SCENE}\nWhat is in the center?\n/save {file}\n", "--image", SCENE)
+    assert done.returncode == 0 and json.loads(file.read_text())[0]["images"] == [SCENE] * 3
+
+
+@pytest.mark.parametrize("option", ["--chat", "--prompt -", "--image -"])
+def test_standard_input_that_is_closed_is_one_line(option):
+    command = [sys.executable, str(ROOT / "generate.py"), *option.split()]
+    done = subprocess.run(command, preexec_fn=lambda: os.close(0), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard input is closed\n")
+
+
 @pytest.mark.parametrize("option", ["--raw", "--boxes x.png", "--prompt -", "--image -"])
 def test_options_that_have_no_place_in_a_chat(option):
     done = chat("", *option.split())
@@ -356,7 +369,8 @@ class Terminal:
 def test_chat_on_a_terminal(columns):
     terminal = Terminal([*GENERATE, "--image", SCENE], columns)
     greeting = terminal.read_until("> ")
-    assert "/image FILE" in greeting and all(len(line) < 40 for line in greeting.split("\r\n")[-4:])
+    lines = [line.rpartition("\r\033[K")[2] for line in greeting.split("\r\n")[-5:]]
+    assert lines[0].startswith("/image FILE") and all(len(line) < 40 for line in lines)
     terminal.say("What does the sign say?\n")
     terminal.read_until("PUSH")
     terminal.read_until("> ")
