@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from commands import assert_refused, run_command
 from conftest import golden, golden_model
 from PIL import Image
 
@@ -14,13 +15,6 @@ from processor import Box, draw_boxes, parse_boxes
 
 def grounded(label: str, coordinates: str) -> str:
     return f"<|ref|>{label}<|/ref|><|det|>{coordinates}<|/det|>"
-
-
-def assert_inside(boxes: list[Box], size: tuple[int, int]) -> None:
-    """Whole pixels, inside the image, with an area."""
-    for box in boxes:
-        assert isinstance(box.label, str) and all(type(side) is int for side in box[1:])
-        assert 0 <= box.left < box.right <= size[0] and 0 <= box.top < box.bottom <= size[1], box
 
 
 # ------------------------------------------------------------------------------------ answers
@@ -40,7 +34,6 @@ def test_coordinates_are_thousandths_from_0_to_999():
 
 ANSWERS = {  # on an image of 999 x 999, where a coordinate is a pixel
     "no box": ("I see a giraffe.", []),
-    "empty": ("", []),
     "several boxes": (grounded("a", "[[1, 2, 3, 4], [5, 6, 7, 8]]"), [("a", 1, 2, 3, 4), ("a", 5, 6, 7, 8)]),
     "several labels": (
         f"Two: {grounded('a', '[[1, 2, 3, 4]]')} and {grounded('b', '[[5, 6, 7, 8]]')}.",
@@ -56,15 +49,7 @@ ANSWERS = {  # on an image of 999 x 999, where a coordinate is a pixel
     ),
     "numbers outside of the tags": ("[[1, 2, 3, 4]]" + grounded("[5, 6, 7, 8]", "[]"), []),
 }
-
-
-@pytest.mark.parametrize("case", ANSWERS)
-def test_answers(case):
-    text, expected = ANSWERS[case]
-    assert parse_boxes(text, (999, 999)) == expected
-
-
-REPAIRED = {  # what is inside <|det|>, and the one box that it gives on an image of 999 x 999
+REPAIRED = {  # what still tells one box, inside <|det|>
     "swapped corners": ("[[30, 40, 10, 20]]", (10, 20, 30, 40)),
     "one axis swapped": ("[[30, 20, 10, 40]]", (10, 20, 30, 40)),
     "beyond the image": ("[[-5, -1000, 1000, 123456789]]", (0, 0, 999, 999)),
@@ -80,11 +65,11 @@ REPAIRED = {  # what is inside <|det|>, and the one box that it gives on an imag
 }
 
 
-@pytest.mark.parametrize("case", REPAIRED)
-@pytest.mark.parametrize("end", ["<|/det|>", ""])
-def test_what_still_tells_four_numbers_is_a_box(case, end):
-    inside, box = REPAIRED[case]
-    assert parse_boxes(f"<|ref|>a<|/ref|><|det|>{inside}{end}", (999, 999)) == [("a", *box)]
+def test_answers():
+    for case, (text, expected) in ANSWERS.items():
+        assert parse_boxes(text, (999, 999)) == expected, case
+    for (case, (inside, box)), end in itertools.product(REPAIRED.items(), ["<|/det|>", ""]):
+        assert parse_boxes(f"<|ref|>a<|/ref|><|det|>{inside}{end}", (999, 999)) == [("a", *box)], case
 
 
 NOT_A_BOX = [
@@ -94,35 +79,13 @@ NOT_A_BOX = [
     "None, True, False, None", "0x10, 0x20, 0x30, 0x40", "1_0, 2_0, 3_0, 4_0", "１, ２, ３, ４", "١, ٢, ٣, ٤",
     "½, 1, 2, ³", "1, 2, 3, \ud800", "1\x00, 2, 3, 4",
     "--1, 2, 3, 4", "1.2.3, 2, 3, 4", ".5, 2, 3, 4", "1; 2; 3; 4", "1, 2, 3, 4j", "'1', '2', '3', '4'", "1, 2, 3, 4)",
-    "__import__('os').system('touch x'), 1, 2, 3", "1, 2, 3, __import__('os').system('touch x')",
-    "open('x', 'w'), 2, 3, 4", "exec(\"open('x', 'w')\"), 1, 1, 1", "(lambda: 1)(), 2, 3, 4", "9**9**9, 1, 1, 1",
+    "__import__('os').system('touch x'), 1, 2, 3", "open('x', 'w'), 2, 3, 4", "exec(\"open('x', 'w')\"), 1, 1, 1",
 ]  # fmt: skip
 BRACKETS = ["[[{}]]", "[{}]", "{}", "[[{}", "{}]]", "]][[{}]]", "[[{}]], [[{}]]", "[[[[{}]]]]", "[({})]", "{{{}}}"]
 WRAPPINGS = [
     "<|ref|>a<|/ref|><|det|>{}<|/det|>", "<|det|>{}", "<|ref|>a<|det|>{}<|/det|>", "<|det|><|det|>{}<|/ref|>",
     "{}<|/det|>", "<|/det|><|det|>{}<|ref|>",
 ]  # fmt: skip
-MUTATIONS = [
-    "[", "]", ",", "-", ".", "[[", "]]", "<|det|>", "<|/det|>", "<|ref|>", "<|/ref|>", "<|", "|>", "1e999", "NaN", "-0",
-    "99999999999999999999", "0.0000000001", " ", "\n", "\x00", "é", "猫", "７", "\u202e",
-    "__import__('os').system('touch x')",
-]  # fmt: skip
-
-
-def mutated(text: str, dice: random.Random) -> str:
-    """The text with a few stretches cut out, doubled, or replaced by something unexpected."""
-    for _ in range(dice.randint(1, 6)):
-        start = dice.randint(0, len(text))
-        end = min(len(text), start + dice.randint(0, 8))
-        middle = dice.choice(["", text[start:end] * 2, dice.choice(MUTATIONS), text[start:end][::-1]])
-        text = text[:start] + middle + text[end:]
-    return text
-
-
-def mutations(count: int) -> list[str]:
-    dice = random.Random(0)
-    whole = GIRAFFE + grounded("左", "[[10, 20, 500, 400], [0, 0, 999, 999]]")
-    return [mutated(whole, dice) for _ in range(count)]
 
 
 def test_nothing_that_is_no_box_becomes_one(tmp_path, monkeypatch):
@@ -134,41 +97,53 @@ def test_nothing_that_is_no_box_becomes_one(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+PIECES = ["[", "]", ",", "-", ".", "]]", "<|det|>", "<|/det|>", "<|ref|>", "<|", "|>", "1e999", "NaN", "-0", "9" * 20]
+
+
+def mutated(text: str, dice: random.Random) -> str:
+    """The text with a few stretches cut out, doubled, turned round, or replaced by something unexpected."""
+    for _ in range(dice.randint(1, 6)):
+        start = dice.randint(0, len(text))
+        end = min(len(text), start + dice.randint(0, 8))
+        middle = dice.choice(["", text[start:end] * 2, text[start:end][::-1], dice.choice(PIECES)])
+        text = text[:start] + middle + text[end:]
+    return text
+
+
 @pytest.mark.parametrize("size", [(64, 48), (3, 2), (1, 1)])
 def test_mutated_answers_never_raise_and_never_leave_the_image(size):
-    """Nor do their boxes, once drawn."""
-    image, found = Image.new("RGB", size), 0
-    for text in mutations(400):
-        boxes = parse_boxes(text, size)
-        assert_inside(boxes, size)
+    """Boxes are whole pixels with an area, inside the image, also once drawn."""
+    image, dice, found = Image.new("RGB", size), random.Random(0), 0
+    whole = GIRAFFE + grounded("左", "[[10, 20, 500, 400], [0, 0, 999, 999]]")
+    for _ in range(400):
+        boxes = parse_boxes(mutated(whole, dice), size)
+        for box in boxes:
+            assert isinstance(box.label, str) and all(type(side) is int for side in box[1:])
+            assert 0 <= box.left < box.right <= size[0] and 0 <= box.top < box.bottom <= size[1], box
         assert draw_boxes(image, boxes).size == size
         found += len(boxes)
     assert found > 80  # so that the above says something
 
 
 LONG = {  # a megabyte each, in which a search that starts anew at every place would take hours
-    "opening brackets": ("<|det|>" + "[" * 10**6, 0),
-    "closing brackets": ("<|det|>" + "]" * 10**6, 0),
-    "opening tags": ("<|det|>" * 150_000, 0),
-    "tags cut off": ("<|det|" * 170_000, 0),
-    "labels": ("<|ref|>" * 150_000, 0),
-    "one long number": ("<|det|>[[1, 2, 3, " + "9" * 10**6 + "]]", 0),
-    "one long fraction": ("<|det|>[[1, 2, 3, 4." + "9" * 10**6 + "]]", 0),
-    "spaces": ("<|det|>[[1," + " " * 10**6 + "x, 3, 4]]", 0),
-    "spaces before a box": ("<|det|>[[1," + " " * 10**6 + "2, 3, 4]]", 1),
-    "commas": ("<|det|>[" + "," * 10**6 + "]", 0),
-    "numbers": ("<|det|>[" + "1," * 500_000 + "]", 0),
-    "unclosed boxes": ("<|det|>" + "[1,2,3,4" * 10_000, 0),
-    "a long label": (grounded("a" * 10**6, "[[1, 2, 3, 4]]"), 1),
+    "<|det|>" + "[" * 10**6: 0,
+    "<|det|>" + "]" * 10**6: 0,
+    "<|det|>" * 150_000: 0,
+    "<|det|" * 170_000: 0,
+    "<|ref|>" * 150_000: 0,
+    "<|det|>[[1, 2, 3, " + "9" * 10**6 + "]]": 0,
+    "<|det|>[[1, 2, 3, 4." + "9" * 10**6 + "]]": 0,
+    "<|det|>[[1," + " " * 10**6 + "x, 3, 4]]": 0,
+    "<|det|>[[1," + " " * 10**6 + "2, 3, 4]]": 1,
+    "<|det|>[" + "1," * 500_000 + "]": 0,
+    "<|det|>" + "[1,2,3,4" * 10_000: 0,
+    grounded("a" * 10**6, "[[1, 2, 3, 4]]"): 1,
 }
 
 
-@pytest.mark.parametrize("case", LONG)
-def test_a_megabyte_is_read_in_one_go(case):
-    text, count = LONG[case]
-    boxes = parse_boxes(text, (999, 999))
-    assert len(boxes) == count
-    assert_inside(boxes, (999, 999))
+def test_a_megabyte_is_read_in_one_go():
+    for text, count in LONG.items():
+        assert len(parse_boxes(text, (999, 999))) == count, text[:20]
 
 
 # ------------------------------------------------------------------------------------ drawing
@@ -194,25 +169,13 @@ def same(labels: list[str], others: list[str]) -> bool:
     return not changed(a, b).any()
 
 
-LABELS = {
-    "Latin": "The giraffe",
-    "accents": "žirafa, Gürteltier, façade",
-    "Cyrillic": "Жираф",
-    "Greek": "Καμηλοπάρδαλη",
-    "CJK": "左边的长颈鹿",
-    "Arabic": "زرافة",
-    "emoji": "🦒🦒",
-    "control characters": "a\x00b\tc\nd\x1b[31me\u202ef",
-    "lone surrogate": "\ud800",
-    "empty": "",
-    "spaces": "   ",
-    "combining marks": "e\u0301\u0301\u0301" * 5,
-    "very long": "a very long label " * 500,
-    "mixed": "giraffe 长颈鹿 Жираф \uffff",
-}
+LABELS = [
+    "The giraffe", "žirafa, Gürteltier, façade", "Жираф", "左边的长颈鹿", "زرافة", "🦒🦒", "e\u0301\u0301\u0301" * 5,
+    "a\x00b\tc\nd\x1b[31me\u202ef", "\ud800", "", "   ", "a very long label " * 500, "giraffe 长颈鹿 Жираф \uffff",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("label", LABELS, ids=lambda label: ascii(label[:20]))
 def test_a_box_and_its_label_are_drawn_and_nothing_else(label):
     noise = np.random.default_rng(0).integers(0, 99, (240, 320, 3), dtype=np.uint8)  # dark: white text can be found
     image, before = Image.fromarray(noise), Image.fromarray(noise)
@@ -241,40 +204,31 @@ def test_labels_that_cannot_be_drawn_as_they_are():
     assert any(same([long, "b", "c"], [long[:length] + "…", "b", "c"]) for length in range(1, 60))
 
 
-def test_random_labels_and_tiny_images():
+def test_random_labels_and_images_of_every_mode_and_size():
     """Labels of every part of Unicode: unassigned, combining, right to left, control characters, lone surrogates."""
     dice, image = random.Random(0), Image.new("RGB", (60, 40))
     limits = [128, 0x3000, 0x20000, 0x110000]
     for _ in range(300):
         label = "".join(chr(dice.randrange(dice.choice(limits))) for _ in range(dice.randint(1, 30)))
         assert draw_boxes(image, [Box(label, 1, 20, 40, 30)]).getbbox() is not None
-    for label, size in itertools.product(LABELS.values(), [(1, 1), (2, 300), (300, 2), (13, 13), (30, 20)]):
-        drawn = draw_boxes(Image.new("RGB", size), [Box(label, 0, 0, *size)] * 2)
-        assert drawn.size == size and drawn.getbbox() is not None
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_images_of_every_mode(mode):
-    drawn = draw_boxes(Image.new(mode, (80, 60)), [Box("a", 10, 20, 50, 50)])
-    assert drawn.mode == "RGB" and drawn.size == (80, 60)
+    sizes, modes = [(1, 1), (2, 300), (300, 2), (13, 13), (30, 20)], ["RGB", "L", "RGBA", "P", "1", "CMYK"]
+    for (label, size), mode in zip(itertools.product(LABELS, sizes), itertools.cycle(modes)):
+        drawn = draw_boxes(Image.new(mode, size), [Box(label, 0, 0, *size)] * 2)
+        assert (drawn.size, drawn.mode) == (size, "RGB") and drawn.getbbox() is not None
 
 
 def random_boxes(count: int, width: int, height: int) -> list[Box]:
     dice = random.Random(0)
-    corners = [
-        (*sorted(dice.sample(range(width + 1), 2)), *sorted(dice.sample(range(height + 1), 2))) for _ in range(count)
-    ]
-    return [Box(f"box {i}", left, top, right, bottom) for i, (left, right, top, bottom) in enumerate(corners)]
+    corners = [[sorted(dice.sample(range(side + 1), 2)) for side in (width, height)] for _ in range(count)]
+    return [Box(f"box {i}", left, top, right, bottom) for i, ((left, right), (top, bottom)) in enumerate(corners)]
 
 
 CROWDS = {
     "one place": [Box(f"box {i}", 100, 80, 300, 200) for i in range(10)],
-    "the whole image": [Box(f"box {i}", 0, 0, 800, 600) for i in range(10)],
     "the bottom": [Box(f"box {i}", 300, 560, 500, 600) for i in range(10)],
     "the top": [Box(f"box {i}", 300, 0, 500, 5) for i in range(10)],
     "side by side": [Box("giraffe", left, 300, left + 20, 320) for left in range(100, 200, 10)],
     "corners": [Box("giraffe", 0, 0, 1, 1), Box("giraffe", 799, 599, 800, 600), Box("giraffe", 799, 0, 800, 600)],
-    "one line": [Box("giraffe", 0, 300, 800, 301)],
     "fifty": random_boxes(50, 800, 600),
 }
 
@@ -307,9 +261,9 @@ TWO = grounded("左 the giraffe", "[[100, 200, 500, 600]]") + " and " + grounded
 
 @pytest.fixture
 def ask(monkeypatch, capsys):
-    """ask(answer, *options): standard output and error of a command line whose model gives that answer."""
+    """ask(answer, *options): status, output and error of a command line whose model gives that answer."""
 
-    def ask(answer: str, *options) -> tuple[str, str]:
+    def ask(answer: str, *options):
         def say(model, batch, **_):
             tokenizer = golden_model("vl2-mla")[1].tokenizer
             yield from tokenizer.encode(answer)
@@ -317,8 +271,7 @@ def ask(monkeypatch, capsys):
 
         monkeypatch.setattr(generate, "stream", say)
         command = ["--model", golden("vl2-mla").folder, "--device", "cpu", "--dtype", "float32", "--prompt", "Where?"]
-        generate.main([str(part) for part in (*command, *options)])
-        return capsys.readouterr()
+        return run_command(generate.main, [*command, *options], capsys)
 
     return ask
 
@@ -326,8 +279,9 @@ def ask(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["out.png", "out.PNG", "out.webp", "out.jpg"])
 def test_boxes_are_drawn_on_the_last_image(name, ask, tmp_path):
     file = tmp_path / name
-    output = ask(TWO, "--image", PICTURES / "2.png", "--image", PICTURES / "5.png", "--boxes", file)
-    assert output == (TWO + "\n", f"2 boxes drawn in {file}\n")  # the tags are part of the answer, the end token is not
+    done = ask(TWO, "--image", PICTURES / "2.png", "--image", PICTURES / "5.png", "--boxes", file)
+    assert done.out == TWO + "\n"  # the tags are part of the answer, the end token is not
+    assert (done.status, done.err) == (0, f"2 boxes drawn in {file}\n")
     assert list(tmp_path.iterdir()) == [file]  # nothing else is left behind
     last, saved = Image.open(PICTURES / "5.png").convert("RGB"), Image.open(file)
     assert saved.size == last.size
@@ -335,7 +289,7 @@ def test_boxes_are_drawn_on_the_last_image(name, ask, tmp_path):
         assert not changed(draw_boxes(last, parse_boxes(TWO, last.size)), saved).any()
 
 
-def test_a_disk_that_fills_up_leaves_the_picture_that_was_there(ask, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_leaves_the_picture_that_was_there(ask, tmp_path, monkeypatch):
     def save_half(image, path):
         with open(path, "wb") as file:
             file.write(b"half a pict")
@@ -344,34 +298,29 @@ def test_a_disk_that_fills_up_leaves_the_picture_that_was_there(ask, tmp_path, m
     file = tmp_path / "out.png"
     file.write_bytes(b"an earlier picture")
     monkeypatch.setattr(Image.Image, "save", save_half)
-    with pytest.raises(SystemExit, match="2"):
-        ask(TWO, "--image", PICTURES / "5.png", "--boxes", file)
-    assert capsys.readouterr().err == f"error: {file}: cannot be written (No space left on device)\n"
+    done = ask(TWO, "--image", PICTURES / "5.png", "--boxes", file)
+    assert (done.status, done.err) == (2, f"error: {file}: cannot be written (No space left on device)\n")
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"an earlier picture"
 
 
-@pytest.mark.parametrize("text", ["I see nothing.", grounded("it", "[[1, 2, 3]]"), grounded("it", "[[5, 5, 5, 5]]")])
-def test_nothing_located_writes_no_file(text, ask, tmp_path):
-    file = tmp_path / "out.png"
-    output = ask(text, "--image", PICTURES / "5.png", "--boxes", file)
-    assert output == (text + "\n", f"the answer locates nothing, {file} is not written\n")
-    assert not list(tmp_path.iterdir())
+def test_nothing_located_writes_no_file(ask, tmp_path):
+    for text in ("I see nothing.", grounded("it", "[[1, 2, 3]]"), grounded("it", "[[5, 5, 5, 5]]")):
+        done = ask(text, "--image", PICTURES / "5.png", "--boxes", tmp_path / "out.png")
+        assert (done.out, done.err) == (text + "\n", f"the answer locates nothing, {tmp_path}/out.png is not written\n")
+        assert not list(tmp_path.iterdir())
 
 
 REFUSED = {
-    "another kind of file": ("out.gif", "expected a name that ends in .png, .jpg or .webp"),
-    "no ending": ("out", "expected a name that ends in .png, .jpg or .webp"),
-    "an ending alone": (".png", "expected a name that ends in .png, .jpg or .webp"),
-    "no such folder": ("absent/out.png", "expected the name of a file, in a folder that is there"),
-    "no image": ("out.png", "--boxes draws on an image, give --image"),
+    "out.gif": "expected a name that ends in .png, .jpg or .webp",
+    "out": "expected a name that ends in .png, .jpg or .webp",
+    ".png": "expected a name that ends in .png, .jpg or .webp",
+    "absent/out.png": "expected the name of a file, in a folder that is there",
+    "out.png": "--boxes draws on an image, give --image",
 }
 
 
-@pytest.mark.parametrize("name, message", REFUSED.values(), ids=REFUSED)
-def test_what_could_not_be_saved_is_refused_before_anything_is_read(name, message, ask, tmp_path, capsys):
+@pytest.mark.parametrize("name, message", REFUSED.items())
+def test_what_could_not_be_saved_is_refused_before_anything_is_read(name, message, ask, tmp_path):
     image = [] if name == "out.png" else ["--image", PICTURES / "5.png"]
-    with pytest.raises(SystemExit, match="2"):
-        ask(TWO, "--model", tmp_path, *image, "--boxes", tmp_path / name)  # a folder without a checkpoint
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_refused(ask(TWO, "--model", tmp_path, *image, "--boxes", tmp_path / name), message)  # no checkpoint
     assert not list(tmp_path.iterdir())
