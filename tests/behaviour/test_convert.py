@@ -1,15 +1,14 @@
 """demo/convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
 
 import json
-import subprocess
-import sys
 
 import convert as convert_file
 import pytest
 import torch
 from checkpoints import edit_json, read_tensors
+from commands import assert_refused, run_command
 from conftest import ROOT, VL_GOLDENS, assert_close, copy_checkpoint, golden
-from convert import convert
+from convert import convert, main
 from safetensors import safe_open
 
 from load_weights import load_model, save_checkpoint
@@ -102,14 +101,9 @@ def test_what_cannot_be_converted(tmp_path):
     assert {*tmp_path.iterdir()} == before
 
 
-def test_command_line(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, str(ROOT / "demo/convert.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    new = tmp_path / "new"
-    done = run(golden("vl-siglip").folder, new, "--layout", "transformers", "--dtype", "bfloat16")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and load_model(new).dtype == torch.bfloat16
-    refused = run(golden("vl-siglip").folder, new, "--layout", "transformers")
-    assert refused.returncode == 2
-    assert refused.stderr == f"error: {new}: is there already, expected the name of a new folder\n"
+def test_command_line(tmp_path, capsys):
+    source, new = golden("vl-siglip").folder, tmp_path / "new"
+    done = run_command(main, [source, new, "--layout", "transformers", "--dtype", "bfloat16"], capsys)
+    assert (done.status, done.out, done.err) == (0, "", "") and load_model(new).dtype == torch.bfloat16
+    refused = run_command(main, [source, new, "--layout", "transformers"], capsys)
+    assert_refused(refused, f"error: {new}: is there already, expected the name of a new folder\n")
