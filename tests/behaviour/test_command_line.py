@@ -61,13 +61,14 @@ def answer(run):
     return answer
 
 
-def by_hand(message: dict = HELLO, dtype=torch.float32, system: str | None = None, **options) -> str:
+def by_hand(message: dict = HELLO, dtype=torch.float32, system: str | None = None, raw: bool = False, **options) -> str:
     """What the command line should print, through the Python interface."""
     model, processor = golden_model("vl-siglip")
     if dtype != torch.float32:
         model = pack(load_model(golden("vl-siglip").folder, dtype=dtype))
-    (ids,) = generate.generate(model, processor([message], system=system), max_new_tokens=12, **options)
-    return processor.decode(ids).removeprefix(" ") + "\n"
+    (ids,) = generate.generate(model, processor([message], system, raw=raw), max_new_tokens=12, **options)
+    text = processor.decode(ids)
+    return (text if raw else text.removeprefix(" ")) + "\n"
 
 
 # ------------------------------------------------------------------------------- answers
@@ -97,6 +98,7 @@ def test_default_prompt(answer):
 OPTIONS = {
     '--system "Be brief."': {"system": "Be brief."},
     '--system ""': {"system": ""},
+    "--raw": {"raw": True},
     "--chunk-size 3": {},
     "--temperature 0.8 --top-k 30 --top-p 0.9 --repetition-penalty 1.3 --seed 5": {
         "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5,

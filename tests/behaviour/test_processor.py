@@ -1,25 +1,28 @@
 """Images, prompts and batches against the golden files, transformers run live, and a local web server."""
 
-import http.server
 import io
 import json
 import pickle
 import random
 import socket
+import socketserver
 import struct
 import threading
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from conftest import VL2_GOLDENS, VL_GOLDENS, copy_checkpoint, golden
+from checkpoints import ABSENT, edit_json
+from conftest import VL2_GOLDENS, VL_GOLDENS, copy_checkpoint, golden, golden_model
 from PIL import Image, ImageOps
 
 import processor
 from processor import Processor, load_image
 
 SMALL = golden("vl-siglip").folder
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 END = "<｜end▁of▁sentence｜>"
 
 
@@ -41,44 +44,40 @@ def assistant(content, *images) -> dict:
 
 
 def edited(name: str, folder, file: str, **changes):
-    """A golden checkpoint's copy in which a JSON file has other entries; KeyError takes an entry away."""
-    copy_checkpoint(name, folder)
-    content = json.loads((folder / file).read_text()) | changes
-    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not KeyError}))
+    """A golden checkpoint's copy in which a JSON file has other entries."""
+    edit_json(copy_checkpoint(name, folder) / file, changes)
     return folder
 
 
 # ------------------------------------------------------------------------------------ golden files
 
 
-@pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+every_golden = pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+
+
+@every_golden
 def test_golden_cases(name):
-    """Prompts, ids, tile counts, labels identical, and pixels too: bit for bit, which is within 1e-6."""
-    data, tested = golden(name), Processor(golden(name).folder)
+    """Prompts, labels, dtypes, and pixels bit for bit; ids are compared in tests/parity/test_architecture.py."""
+    data, tested = golden(name), golden_model(name)[1]
     for index, conversation in enumerate(data.conversations):
         batch = tested(conversation, labels=True)
         assert tested.prompt(conversation) == data.prompts[index]
-        assert batch["input_ids"][0].tolist() == data.tensors[f"{index}.input_ids"].tolist()
         assert torch.equal(batch["images_seq_mask"], batch["input_ids"] == tested.image_token_id)
-        n_images = len([image for message in conversation for image in message.get("images", [])])
-        assert ("pixel_values" in batch) == (n_images > 0)
+        assert ("pixel_values" in batch) == any(message.get("images") for message in conversation)
         for key in (f"{index}.pixel_values", f"{index}.images"):
             if key in data.tensors:
                 assert torch.equal(batch["pixel_values"], data.tensors[key])
-        if name in VL2_GOLDENS:
+        if tested.is_vl2:
             assert batch["labels"][0].tolist() == data.tensors[f"{index}.labels"].tolist()
-            crop = data.tensors[f"{index}.images_spatial_crop"].tolist()  # [[0, 0]] stands for no image
-            assert batch["images_spatial_crop"].tolist() == crop if n_images else crop == [[0, 0]]
-            tiles = sum(1 + wide * high for wide, high in crop) if n_images else 0
+            crops = data.tensors[f"{index}.images_spatial_crop"].tolist()  # [[0, 0]] stands for no image
+            assert batch.get("images_spatial_crop", torch.zeros(1, 2)).tolist() == crops
+            tiles = sum(1 + wide * high for wide, high in crops) if "pixel_values" in batch else 0
             assert len(batch.get("pixel_values", [])) == tiles
-
-    batch = tested([data.conversations[index] for index in data.batch])  # padded on the left
-    for key in ("input_ids", "attention_mask"):
-        assert batch[key].tolist() == data.tensors[f"batch.{key}"].tolist() and batch[key].dtype == torch.int64
-    assert batch["images_seq_mask"].dtype == torch.bool and batch["pixel_values"].dtype == torch.float32
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+    assert batch["images_seq_mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+@every_golden
 def test_each_row_of_a_batch_equals_that_row_alone(name):
     """In a processor that was sent to another process, too."""
     data, tested = golden(name), Processor(golden(name).folder)
@@ -117,16 +116,16 @@ def test_roles_markers_and_shapes_that_mean_the_same(name):
         assert all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
-def test_parts(tmp_path, server):
+def test_parts(tmp_path):
     """An image by path, address or itself; spaces as the converted checkpoints' chat template has them."""
     SERVED.save(tmp_path / "a.png")
     image, path = {"type": "image", "image": SERVED}, {"type": "image", "path": str(tmp_path / "a.png")}
-    address, mark = {"type": "image", "url": f"{server}/ok.png"}, "<image_placeholder>"
+    address, mark = {"type": "image", "url": (tmp_path / "a.png").as_uri()}, "<image_placeholder>"
 
     def text(words):
         return {"type": "text", "text": words}
 
-    tested = Processor(SMALL)
+    tested = golden_model("vl-siglip")[1]
     pixels = tested([user([image, path, address])])["pixel_values"]
     assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
     for parts, expected in (
@@ -160,7 +159,7 @@ def test_system_texts():
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_labels(name, mask_prompt, tmp_path):
     """With mask_prompt only the answers and their end tokens are learnt: decoding the labels gives them back."""
-    tested = Processor(edited(name, tmp_path / name, "processor_config.json", mask_prompt=mask_prompt))
+    tested = Processor(edited(name, tmp_path / name, PROCESSOR, mask_prompt=mask_prompt))
     conversation = [user("What is this?"), assistant(' "A red circle." ')]
     conversation += [user("<image>\nAnd this? ü", random_image(50, 50)), assistant("über\n12 dogs")]
     batch = tested([conversation, conversation[:1]], labels=True)
@@ -224,23 +223,19 @@ BAD_CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("conversation", BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS)
-def test_a_bad_conversation_is_one_clear_line(conversation):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        Processor(golden("vl2-mha").folder)(conversation)
-    assert str(error.value) and "\n" not in str(error.value)
+def test_a_bad_conversation_is_one_clear_line():
+    for case, conversation in BAD_CONVERSATIONS.items():
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            golden_model("vl2-mha")[1](conversation)
+        assert str(error.value) and "\n" not in str(error.value), case
 
 
 def test_a_prompt_beyond_the_context(tmp_path):
-    config = json.loads((SMALL / "config.json").read_text())
-    n = Processor(SMALL)([user("Hello")])["input_ids"].shape[1]
-    folders = []
-    for limit in (n, n - 1):
-        language = config["language_config"] | {"max_position_embeddings": limit}
-        folders.append(edited("vl-siglip", tmp_path / f"{limit}", "config.json", language_config=language))
-    assert Processor(folders[0])([user("Hello")])["input_ids"].shape[1] == n
+    n, key = Processor(SMALL)([user("Hello")])["input_ids"].shape[1], "language_config.max_position_embeddings"
+    fits, short = (edited("vl-siglip", tmp_path / f"{limit}", CONFIG, **{key: limit}) for limit in (n, n - 1))
+    assert Processor(fits)([user("Hello")])["input_ids"].shape[1] == n
     with pytest.raises(ValueError, match=f"{n} tokens.*{n - 1}"):
-        Processor(folders[1])([user("Hello")])
+        Processor(short)([user("Hello")])
 
 
 # --------------------------------------------------------------------------------------- VL2's tiles
@@ -264,7 +259,7 @@ def test_best_resolution_keeps_most_pixels():
 def test_tiles_at_full_size(tmp_path):
     """The token count of the paper's layout, and tiles that put together are the padded picture."""
     candidates = [[384, 384], [384, 768], [768, 384], [768, 768], [1152, 384]]
-    folder = edited("vl2-mha", tmp_path / "model", "processor_config.json", candidate_resolutions=candidates)
+    folder = edited("vl2-mha", tmp_path / "model", PROCESSOR, candidate_resolutions=candidates)
     tested = Processor(folder)
     tilings = {(300, 300): (1, 1), (700, 300): (2, 1), (320, 700): (1, 2), (900, 800): (2, 2)}
     for (width, height), (wide, high) in tilings.items():
@@ -287,8 +282,8 @@ def test_tiles_at_full_size(tmp_path):
 # ------------------------------------------------------------------------------ transformers, live
 
 
-def transformers_checkpoint(folder, kind: str, era: int, **settings):
-    """Processor files as transformers saves them; era 4 keeps the image processor in a file of its own."""
+def transformers_checkpoint(folder, kind: str, era: int, **settings) -> tuple:
+    """Our processor and their image processor, of files as transformers saves them; era 4 keeps images in their own."""
     transformers = pytest.importorskip("transformers")
     name = "DeepseekVLHybrid" if kind == "deepseek_vl_hybrid" else "DeepseekVL"
     module = pytest.importorskip(f"transformers.models.{kind}.image_processing_pil_{kind}")
@@ -297,36 +292,32 @@ def transformers_checkpoint(folder, kind: str, era: int, **settings):
         tokenizer_file=str(SMALL / "tokenizer.json"), bos_token="<｜begin▁of▁sentence｜>", eos_token=END, pad_token=END,
         extra_special_tokens={"image_token": "<image_placeholder>"},
     )  # fmt: skip
-    whole = getattr(transformers, f"{name}Processor")(image_processor, tokenizer, num_image_tokens=576)
-    folder.mkdir()
-    whole.save_pretrained(folder)
+    getattr(transformers, f"{name}Processor")(image_processor, tokenizer, num_image_tokens=576).save_pretrained(folder)
     if era == 4:
-        content = json.loads((folder / "processor_config.json").read_text())
-        (folder / "preprocessor_config.json").write_text(json.dumps(content.pop("image_processor")))
-        (folder / "processor_config.json").write_text(json.dumps(content))
+        content = json.loads((folder / PROCESSOR).read_text())
+        (folder / PREPROCESSOR).write_text(json.dumps(content.pop("image_processor")))
+        (folder / PROCESSOR).write_text(json.dumps(content))
     config = {"model_type": kind, "image_token_id": 402, "text_config": {"max_position_embeddings": 16384}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return Processor(folder), image_processor, whole
+    (folder / CONFIG).write_text(json.dumps(config))
+    return Processor(folder), image_processor
 
 
-SIZES = [(384, 384), (1, 1), (1, 300), (300, 1), (2000, 3), (1024, 768), (500, 333), (37, 1100), (14, 14), (385, 383)]
+SIZES = [(384, 384), (1, 1), (1, 300), (2000, 3), (500, 333), (37, 1100), (385, 383)]
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 HIGH = {"high_res_image_mean": list(processor.CLIP_MEAN), "high_res_image_std": list(processor.CLIP_STD)}
+CHANGED = {"size": {"height": 200, "width": 200}, "min_size": 20, "resample": 2}
 TRANSFORMERS = {
-    "1.3B": ("deepseek_vl", HALF),
-    "1.3B, changed": ("deepseek_vl", {"size": {"height": 200, "width": 200}, "min_size": 20, "resample": 2}),
-    "7B": ("deepseek_vl_hybrid", HALF | HIGH | {"resample": 2}),
-    "7B, changed": ("deepseek_vl_hybrid", {"high_res_size": {"height": 300, "width": 300}, "do_normalize": False}),
+    "1.3B": ("deepseek_vl", 5, HALF),
+    "1.3B, changed": ("deepseek_vl", 4, CHANGED),
+    "7B": ("deepseek_vl_hybrid", 4, HALF | HIGH | {"resample": 2}),
+    "7B, changed": ("deepseek_vl_hybrid", 5, {"high_res_size": {"height": 300, "width": 300}, "do_normalize": False}),
 }
 
 
-@pytest.mark.parametrize("era", [4, 5])
-@pytest.mark.parametrize("kind, settings", TRANSFORMERS.values(), ids=TRANSFORMERS)
-def test_pixels_equal_transformers(kind, settings, era, tmp_path):
-    ours, library, _ = transformers_checkpoint(tmp_path / "model", kind, era, **settings)
-    rng = random.Random(era)
-    few = settings.get("resample") and HIGH.items() <= settings.items()
-    for size in rng.sample(SIZES, 4) + [(1, 300)] if few else SIZES:
+@pytest.mark.parametrize("kind, era, settings", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_pixels_equal_transformers(kind, era, settings, tmp_path):
+    ours, library = transformers_checkpoint(tmp_path / "model", kind, era, **settings)
+    for size in SIZES:
         image = random_image(*size, seed=sum(size))
         expected = library(image, return_tensors="pt")
         inputs, n_tokens = ours.image_inputs(image)
@@ -335,27 +326,6 @@ def test_pixels_equal_transformers(kind, settings, era, tmp_path):
             assert pixels.dtype == torch.float32
             error = (pixels - expected[key]).norm() / expected[key].norm().clamp_min(1e-9)
             assert error <= 1e-6, (size, key)
-
-
-@pytest.mark.parametrize("kind", ["deepseek_vl", "deepseek_vl_hybrid"])
-def test_batch_equals_transformers_processor(kind, tmp_path):
-    sizes = {"size": {"height": 96, "width": 96}}
-    if kind == "deepseek_vl_hybrid":
-        sizes["high_res_size"] = {"height": 128, "width": 128}
-    ours, _, library = transformers_checkpoint(tmp_path / "model", kind, 5, **sizes)
-    images = [random_image(50, 80), random_image(90, 20), random_image(33, 33)]
-    conversations = [
-        [user("<image>12 ü?", images[0])],
-        [user("<image><image>", *images[1:]), assistant("Dogs."), user("图像? And?")],
-    ]
-    library.tokenizer.padding_side = "left"
-    prompts = ["<｜begin▁of▁sentence｜>" + ours.prompt(conversation) for conversation in conversations]
-    options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
-    expected = library(text=prompts, images=[images[:1], images[1:]], **options)
-    batch = ours(conversations)
-    assert torch.equal(batch.pop("images_seq_mask"), expected["input_ids"] == 402)
-    for key in batch:
-        torch.testing.assert_close(batch[key], expected[key], rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ reading images
@@ -380,15 +350,14 @@ def test_what_pillow_converts_is_read_as_pillow_reads_it(tmp_path):
         assert through_file(frames[0], tmp_path, name, save_all=True, append_images=frames[1:], **options)[0, 0, 2] == 0
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "La", "RGBa"])
-def test_transparency_is_shown_on_white(mode):
+def test_transparency_is_shown_on_white():
     grey, alpha = random_image(16, 16, "L"), Image.linear_gradient("L").resize((16, 16))
-    image = grey.convert("P" if mode == "PA" else mode.upper()[:-1])
-    image.putalpha(alpha)
     opacity = np.asarray(alpha, dtype=float)[..., None] / 255
     expected = np.asarray(grey.convert("RGB"), dtype=float) * opacity + 255 * (1 - opacity)
-    error = np.abs(np.asarray(load_image(image.convert(mode)), dtype=float) - expected).max()
-    assert error <= (2 if mode in ("La", "RGBa") else 0.51)  # premultiplied values were rounded before
+    for mode, most in {"LA": 0.51, "RGBA": 0.51, "PA": 0.51, "La": 2, "RGBa": 2}.items():  # La, RGBa: rounded before
+        image = grey.convert("P" if mode == "PA" else mode.upper()[:-1])
+        image.putalpha(alpha)
+        assert np.abs(np.asarray(load_image(image.convert(mode)), dtype=float) - expected).max() <= most, mode
 
 
 def test_transparent_colours_are_shown_on_white(tmp_path):
@@ -396,15 +365,15 @@ def test_transparent_colours_are_shown_on_white(tmp_path):
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
     palette.putdata([0, 1, 2, 3])
     grey = Image.fromarray(np.array([[0, 7, 9]], dtype=np.uint8))
-    red, green, blue, dark, white = [255, 0, 0], [0, 255, 0], [0, 0, 255], [9] * 3, [255] * 3
+    red, green, blue, dark, white = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (255, 255, 255)
     for image, name, transparency, expected in (
         (palette, "a.png", 1, [red, white, blue, dark]),
-        (palette, "a.png", bytes([255, 0, 128, 0]), [red, white, [127, 127, 255], white]),
+        (palette, "a.png", bytes([255, 0, 128, 0]), [red, white, (127, 127, 255), white]),
         (palette, "a.gif", 2, [red, green, white, dark]),
         (palette.convert("RGB"), "a.png", (0, 255, 0), [red, white, blue, dark]),
-        (grey, "a.png", 7, [[0] * 3, white, dark]),
+        (grey, "a.png", 7, [(0, 0, 0), white, dark]),
     ):
-        assert through_file(image, tmp_path, name, transparency=transparency)[0].tolist() == expected
+        assert [*map(tuple, through_file(image, tmp_path, name, transparency=transparency)[0])] == expected
 
 
 DEEP_GREY = {  # mode, how a value is written, values, and what is shown
@@ -421,10 +390,10 @@ DEEP_GREY = {  # mode, how a value is written, values, and what is shown
 }
 
 
-@pytest.mark.parametrize("mode, kind, values, expected", DEEP_GREY.values(), ids=DEEP_GREY)
-def test_deep_grey_is_scaled_not_clipped(mode, kind, values, expected):
-    shown = np.asarray(load_image(Image.frombytes(mode, (4, 1), np.array(values, dtype=kind).tobytes())))[0]
-    assert shown.tolist() == [[value] * 3 for value in expected]
+def test_deep_grey_is_scaled_not_clipped():
+    for case, (mode, kind, values, expected) in DEEP_GREY.items():
+        shown = load_image(Image.frombytes(mode, (4, 1), np.array(values, dtype=kind).tobytes()))
+        assert np.asarray(shown)[0].tolist() == [[value] * 3 for value in expected], case
 
 
 def test_16_bit_files_and_lab(tmp_path):
@@ -465,30 +434,26 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(100_000, 100_000), (16_001, 16_000), (70_000, 10), (1, 2**31 - 1)])
 @pytest.mark.parametrize("pillow_limit", [None, Image.MAX_IMAGE_PIXELS])
-def test_a_bomb_is_refused_from_its_header(size, pillow_limit, tmp_path, monkeypatch, recwarn):
+def test_a_bomb_is_refused_from_its_header(pillow_limit, tmp_path, monkeypatch, recwarn):
     """As over the limit: were it decoded, its data would be damaged."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
-    (tmp_path / "bomb.png").write_bytes(png_header(*size))
-    with pytest.raises(ValueError, match=r"bomb\.png.*(limit|exceeds)"):
-        load_image(tmp_path / "bomb.png")
+    for size in ((100_000, 100_000), (16_001, 16_000), (70_000, 10), (1, 2**31 - 1)):
+        (tmp_path / "bomb.png").write_bytes(png_header(*size))
+        with pytest.raises(ValueError, match=r"bomb\.png.*(limit|exceeds)"):
+            load_image(tmp_path / "bomb.png")
     assert not [warning for warning in recwarn if "Bomb" in warning.category.__name__]
 
 
 def test_what_is_not_an_image_is_refused(tmp_path, monkeypatch):
-    for name, content in {
-        "empty.png": b"",
-        "text.png": b"hello",
-        "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
-        "header.png": png_header(50, 50)[:20],
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name) as error:
-            load_image(tmp_path / name)
-        assert "\n" not in str(error.value)
+    (tmp_path / "header.png").write_bytes(png_header(50, 50)[:20])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "script.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     monkeypatch.setattr(processor, "MAX_IMAGE_PIXELS", 99)
     for source, message in (
+        (tmp_path / "header.png", "header.png"),
+        (tmp_path / "empty.png", "empty.png: not an image in one of"),
+        (tmp_path / "script.eps", "script.eps: not an image in one of"),
         (tmp_path, "not a file"),
         ("file:///etc/hostname", "not an image in one of"),
         ("ftp://example.org/a.png", "only http, https, data and file"),
@@ -496,11 +461,12 @@ def test_what_is_not_an_image_is_refused(tmp_path, monkeypatch):
         (5, "must be a path"),
         (Image.new("RGB", (0, 5)), "0 x 5"),
         (random_image(10, 10), "10 x 10 pixels, over the limit"),
+        (tmp_path / "missing.png", "missing.png: no such image file"),
+        ("", "no such image file"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             load_image(source)
-    with pytest.raises(FileNotFoundError, match="missing.png"):
-        load_image(tmp_path / "missing.png")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp", "tiff", "bmp", "ppm", "jp2"])
@@ -529,56 +495,52 @@ def test_damaged_files_raise_nothing_else(kind, tmp_path):
 SERVED = random_image(40, 30, seed=5)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        file = io.BytesIO()
-        SERVED.save(file, "PNG")
-        body = file.getvalue()
-        answers = {  # path: status, headers, what is sent, and whether bytes follow until the test ends
-            "/ok.png": (200, {"Content-Length": len(body)}, body, False),
-            "/no-length.png": (200, {}, body, False),
-            "/cut.png": (200, {"Content-Length": len(body)}, body[: len(body) // 2], False),
-            "/page": (200, {}, b"<html></html>", False),
-            "/large": (200, {"Content-Length": 10**9}, b"x", False),
-            "/large-unsaid": (200, {}, bytes(2**22), False),
-            "/slow-body": (200, {"Content-Length": 10**6}, b"", True),
-            "/slow-headers": (0, {}, b"HTTP/1.0 200 OK\r\nX: ", True),
-        }
-        if self.path.startswith("/to/"):
-            answers[self.path] = (302, {"Location": self.path.removeprefix("/to/")}, b"", False)
-        status, headers, content, drips = answers.get(self.path, (404, {}, b"", False))
-        try:
-            if status:
-                self.send_response(status)
-                for key, value in headers.items():
-                    self.send_header(key, str(value))
-                self.end_headers()
-            self.wfile.write(content)
-            for _ in range(3000 * drips):  # a client that never gives up fails, and does not hang
+PNG = io.BytesIO()
+SERVED.save(PNG, "PNG")
+PNG, OK = PNG.getvalue(), b"HTTP/1.0 200 OK\r\n"
+SIZE = b"Content-Length: %d\r\n\r\n"
+ANSWERS = {  # what the server sends; on /slow paths bytes follow until the test ends
+    "/ok.png": OK + SIZE % len(PNG) + PNG,
+    "/no-length.png": OK + b"\r\n" + PNG,
+    "/cut.png": OK + SIZE % len(PNG) + PNG[: len(PNG) // 2],
+    "/page": OK + b"\r\n<html></html>",
+    "/large": OK + SIZE % 10**9 + b"x",
+    "/large-unsaid": OK + b"\r\n" + bytes(2**22),
+    "/slow-body": OK + SIZE % 10**6,
+    "/slow-headers": OK + b"X: ",
+}
+
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        path = self.rfile.readline().split()[1].decode()
+        while self.rfile.readline().strip():
+            pass
+        answer = ANSWERS.get(path, b"HTTP/1.0 404 Not Found\r\n\r\n")
+        if path.startswith("/to/"):
+            answer = b"HTTP/1.0 302 Found\r\nLocation: %s\r\n\r\n" % path.removeprefix("/to/").encode()
+        with suppress(OSError):  # the client hangs up, as it should
+            self.wfile.write(answer)
+            for _ in range(3000 * path.startswith("/slow")):  # a client that never gives up fails, and does not hang
                 if self.server.stopped.wait(0.01):
                     break
                 self.wfile.write(b"x")
-        except OSError:
-            pass  # the client has hung up, as it should
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as running:
         running.daemon_threads, running.block_on_close, running.stopped = True, False, threading.Event()
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
+        yield f"http://127.0.0.1:{running.server_address[1]}"
         running.stopped.set()
         running.shutdown()
 
 
-@pytest.mark.parametrize("path", ["/ok.png", "/no-length.png", "/to//ok.png"])
-def test_an_image_by_address(server, path):
-    assert load_image(server + path).tobytes() == SERVED.tobytes()
+def test_an_image_by_address(server):
+    for path in ("/ok.png", "/no-length.png", "/to//ok.png"):
+        assert load_image(server + path).tobytes() == SERVED.tobytes()
 
 
 NO_IMAGE = {
@@ -607,10 +569,9 @@ def test_an_address_that_gives_no_image(server, path, message, monkeypatch):
 
 def test_addresses_that_cannot_be_reached(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    for url in (f"http://127.0.0.1:{port}/a.png", "http://", "http://[", "http://a b/", "http://127.0.0.1:notaport/"):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # closed before it is asked
+        unused = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+    for url in (unused, "http://", "http://[", "http://a b/", "http://127.0.0.1:notaport/"):
         with pytest.raises(ValueError) as error:
             load_image(url)
         assert str(error.value).startswith(f"{url}: ") and "\n" not in str(error.value)
@@ -619,22 +580,21 @@ def test_addresses_that_cannot_be_reached(monkeypatch):
 # ---------------------------------------------------------------------------------- checkpoint files
 
 # Values that are out of range or of another type: tests/robustness/test_settings.py.
-VL, VL7B, VL2 = "vl-siglip", "vl-hybrid", "vl2-mha"
-PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
-BAD_FILES = {
-    "unknown architecture": (VL, "config.json", {"model_type": "llava"}, "model_type is 'llava'"),
-    "another image token": (VL, "config.json", {"image_token_id": 7}, "image_token_id is 7"),
-    "no image size": (VL, PREPROCESSOR, {"image_size": KeyError}, "image_size"),
-    "normalized twice": (VL7B, PREPROCESSOR, {"do_normalize": True}, "do_normalize is True, expected False"),
-    "no end token": (VL, TOKENIZER, {"eos_token": KeyError}, TOKENIZER),
-    "unknown begin token": (VL, TOKENIZER, {"bos_token": "<s>"}, TOKENIZER),
-    "no patch size": (VL2, PROCESSOR, {"patch_size": KeyError}, "patch_size"),
+VL, VL7B, VL2, TOKENIZER = "vl-siglip", "vl-hybrid", "vl2-mha", "tokenizer_config.json"
+BAD_FILES = {  # checkpoint, file, key, value, words of the error
+    "unknown architecture": (VL, CONFIG, "model_type", "llava", "model_type is 'llava'"),
+    "another image token": (VL, CONFIG, "image_token_id", 7, "image_token_id is 7"),
+    "no image size": (VL, PREPROCESSOR, "image_size", ABSENT, "image_size"),
+    "normalized twice": (VL7B, PREPROCESSOR, "do_normalize", True, "do_normalize is True, expected False"),
+    "no end token": (VL, TOKENIZER, "eos_token", ABSENT, TOKENIZER),
+    "unknown begin token": (VL, TOKENIZER, "bos_token", "<s>", TOKENIZER),
+    "no patch size": (VL2, PROCESSOR, "patch_size", ABSENT, "patch_size"),
 }
 
 
-@pytest.mark.parametrize("name, file, changes, message", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_checkpoint_with_bad_settings(name, file, changes, message, tmp_path):
-    folder = edited(name, tmp_path / name, file, **changes)
+@pytest.mark.parametrize("name, file, key, value, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_checkpoint_with_bad_settings(name, file, key, value, message, tmp_path):
+    folder = edited(name, tmp_path / name, file, **{key: value})
     with pytest.raises(ValueError, match=message) as error:
         Processor(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
@@ -642,26 +602,16 @@ def test_a_checkpoint_with_bad_settings(name, file, changes, message, tmp_path):
 
 def test_the_7b_leaves_pixels_as_they_are_unless_told(tmp_path):
     """Its model normalizes them, for each of its towers: a file that does not say so means the same."""
-    silent = Processor(edited(VL7B, tmp_path / "model", PREPROCESSOR, do_normalize=KeyError))
-    conversation = [user("<image>", random_image(90, 60))]
-    pixels = silent(conversation)["pixel_values"]
-    assert torch.equal(pixels, Processor(golden(VL7B).folder)(conversation)["pixel_values"])
-    assert pixels.min() >= 0 and pixels.max() <= 1
+    silent = Processor(edited(VL7B, tmp_path / "model", PREPROCESSOR, do_normalize=ABSENT))
+    pixels, expected = (
+        tested([user("<image>", random_image(90, 60))])["pixel_values"] for tested in (silent, golden_model(VL7B)[1])
+    )
+    assert torch.equal(pixels, expected) and pixels.min() >= 0 and pixels.max() <= 1
 
 
-def test_a_checkpoint_with_missing_or_broken_files(tmp_path):
-    for name in ("config.json", "tokenizer.json"):
-        folder = copy_checkpoint(VL, tmp_path / name)
-        (folder / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
-            Processor(folder)
-        (folder / name).write_text("{broken")
-        with pytest.raises(ValueError, match=f"{name}: not valid JSON"):
-            Processor(folder)
-    folder = copy_checkpoint(VL, tmp_path / "without settings")
-    (folder / PREPROCESSOR).unlink()
-    (folder / PROCESSOR).unlink()
-    with pytest.raises(FileNotFoundError, match=PREPROCESSOR):
+def test_a_checkpoint_without_settings(tmp_path):
+    folder = copy_checkpoint(VL, tmp_path / "model")
+    for file in (PREPROCESSOR, PROCESSOR):
+        (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected a {PREPROCESSOR} or {PROCESSOR}"):
         Processor(folder)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        Processor(tmp_path / "nowhere")
