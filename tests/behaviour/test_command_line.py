@@ -292,7 +292,6 @@ def test_a_reader_that_leaves(desk):
 # of checkpoints refuse is in the tests of each; here is one of a kind.
 BAD_COMMANDS = {
     "": "nothing to do: give --image, --prompt or both",
-    f"{ASK} picture.png": "unrecognized arguments: picture.png; pictures are given with --image",
     f"{ASK} --image": "argument --image: expected one argument",
     f"{ASK} --max-new-tokens many": "argument --max-new-tokens: invalid int value: 'many'",
     f"{ASK} --top-p 0.5": "--top-p has no effect at temperature 0, give --temperature",
@@ -311,7 +310,6 @@ BAD_COMMANDS = {
     f"{LOOK} --prompt '<image> or <image>?'": "the text has 2 image markers, but 1 image is given",
     f"{ASK} --boxes found.png --image picture.png": "--boxes needs a DeepSeek-VL2",
     "--model nowhere --prompt Hello": "--model 'nowhere' is not there, expected a checkpoint folder",
-    "--model picture.png --prompt Hello": "--model 'picture.png' is a file, expected a checkpoint folder",
     "--model . --prompt Hello": "config.json: no such file",
     "--model damaged --prompt Hello": "damaged/model.safetensors: not a readable weight file",
     "--model other-tokenizer --prompt Hello": "to 600, expected 0 to 511; does the tokenizer fit?",
