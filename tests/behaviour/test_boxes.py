@@ -32,23 +32,22 @@ def test_coordinates_are_thousandths_from_0_to_999():
             parse_boxes(GIRAFFE, size)
 
 
+ONE, OTHER = "[[1, 2, 3, 4]]", "[[5, 6, 7, 8]]"
 ANSWERS = {  # on an image of 999 x 999, where a coordinate is a pixel
     "no box": ("I see a giraffe.", []),
     "several boxes": (grounded("a", "[[1, 2, 3, 4], [5, 6, 7, 8]]"), [("a", 1, 2, 3, 4), ("a", 5, 6, 7, 8)]),
     "several labels": (
-        f"Two: {grounded('a', '[[1, 2, 3, 4]]')} and {grounded('b', '[[5, 6, 7, 8]]')}.",
-        [("a", 1, 2, 3, 4), ("b", 5, 6, 7, 8)],
+        f"Two: {grounded('a', ONE)} and {grounded('b', OTHER)}.", [("a", 1, 2, 3, 4), ("b", 5, 6, 7, 8)],
     ),
     "a label of another script": (grounded("左边的长颈鹿", "[[1,2,3,4]]"), [("左边的长颈鹿", 1, 2, 3, 4)]),
     "spaces and lines": (grounded("  a\n", " [ [\n1 , 2,\t3 ,4 ] ] "), [("a", 1, 2, 3, 4)]),
-    "the end token": (grounded("a", "[[1, 2, 3, 4]]") + "<｜end▁of▁sentence｜>", [("a", 1, 2, 3, 4)]),
-    "no label": ("<|det|>[[1, 2, 3, 4]]<|/det|>", [("", 1, 2, 3, 4)]),
+    "the end token": (grounded("a", ONE) + "<｜end▁of▁sentence｜>", [("a", 1, 2, 3, 4)]),
+    "no label": (f"<|det|>{ONE}<|/det|>", [("", 1, 2, 3, 4)]),
     "one label, twice located": (
-        "<|ref|>a<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|> <|det|>[[5, 6, 7, 8]]<|/det|>",
-        [("a", 1, 2, 3, 4), ("a", 5, 6, 7, 8)],
+        f"{grounded('a', ONE)} <|det|>{OTHER}<|/det|>", [("a", 1, 2, 3, 4), ("a", 5, 6, 7, 8)],
     ),
-    "numbers outside of the tags": ("[[1, 2, 3, 4]]" + grounded("[5, 6, 7, 8]", "[]"), []),
-}
+    "numbers outside of the tags": (ONE + grounded("[5, 6, 7, 8]", "[]"), []),
+}  # fmt: skip
 REPAIRED = {  # what still tells one box, inside <|det|>
     "swapped corners": ("[[30, 40, 10, 20]]", (10, 20, 30, 40)),
     "one axis swapped": ("[[30, 20, 10, 40]]", (10, 20, 30, 40)),

@@ -31,15 +31,13 @@ QUIRKS = list("øöúÿõ÷ûýÀùÁþü")  # added tokens of the released voca
 
 
 def random_text(rng: random.Random) -> str:
-    makers = [
-        lambda: rng.choice(rng.choice([WORDS, SPACES, EMOJI, SPECIAL, QUIRKS])),
-        lambda: str(rng.randrange(10 ** rng.randrange(1, 12))),
-        lambda: chr(rng.choice([rng.randrange(0x20), rng.randrange(0x300)])),
-        lambda: rng.choice("!-/:-~[]{}()'\"\\.,;?&%$#@^*_`|") * rng.randrange(1, 5),
-        lambda: "".join(rng.choices(ASSIGNED, k=rng.randrange(1, 6))),
-        lambda: rng.choice("aAbz \n") * rng.randrange(1, 30),
-    ]
-    return "".join(rng.choice([*makers[:1] * 5, *makers])() + rng.choice(["", " "]) for _ in range(rng.randrange(1, 16)))
+    parts = []
+    for _ in range(rng.randrange(1, 16)):
+        number, run = f"{rng.randrange(10 ** rng.randrange(1, 12))}", rng.choice("aA \n.-{'%\x00") * rng.randrange(1, 30)
+        strange = "".join(rng.choices(ASSIGNED, k=rng.randrange(1, 6)))
+        known = rng.choice(rng.choice([WORDS, SPACES, EMOJI, SPECIAL, QUIRKS]))
+        parts += rng.choices([known, number, run, strange], weights=[5, 1, 1, 1]) + [rng.choice(["", " "])]
+    return "".join(parts)
 
 
 LONG_PIECES = [
