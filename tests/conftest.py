@@ -1,7 +1,9 @@
-"""What several test files share: where the data lies, and the golden cases."""
+"""What several test files share: where the data lies, the golden cases, small random models, comparisons."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,10 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 VL_GOLDENS = ["vl-siglip", "vl-hybrid"]
 VL2_GOLDENS = ["vl2-mha", "vl2-mla", "vl2-mla-sigmoid"]
+GOLDENS = [*VL_GOLDENS, *VL2_GOLDENS]
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the released files are not at {SHARED}")
 
 
 @pytest.fixture
@@ -69,6 +70,13 @@ def copy_checkpoint(name: str, folder: Path) -> Path:
         if file.is_file() and file.name not in ("cases.json", "golden.safetensors"):
             shutil.copyfile(file, folder / file.name)
     return folder
+
+
+def run(*arguments, folder: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """A command of Python in a process of its own, with one thread."""
+    command, one_thread = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"env": one_thread, "text": True} | options
+    return subprocess.run(command, capture_output=True, cwd=folder, timeout=300, **options)
 
 
 # ------------------------------------------------------------------ small random models, ours and transformers'
@@ -146,22 +154,15 @@ def random_batch(kind: str, lengths: tuple[int, ...] = (54, 42), pad_id: int = 0
     """One conversation a length, each an image between two texts; shorter ones are padded on the left."""
     random = torch.Generator().manual_seed(seed)
     rows, longest = len(lengths), max(lengths)
-    input_ids = torch.full((rows, longest), pad_id)
-    attention_mask = torch.zeros(rows, longest, dtype=torch.long)
+    batch = {"input_ids": torch.full((rows, longest), pad_id), "attention_mask": torch.zeros(rows, longest).long()}
     for row, length in enumerate(lengths):
         ids = torch.randint(10, VOCABULARY, (length,), generator=random)
         ids[3 : 3 + IMAGE_TOKENS] = IMAGE_TOKEN
-        input_ids[row, longest - length :] = ids
-        attention_mask[row, longest - length :] = 1
-    side = SMALL_SIGLIP["image_size"]
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "pixel_values": torch.randn(rows, 3, side, side, generator=random),
-    }
-    if kind == "hybrid":
-        side = SMALL_SAM["image_size"]
-        batch["high_res_pixel_values"] = torch.randn(rows, 3, side, side, generator=random)
+        batch["input_ids"][row, longest - length :] = ids
+        batch["attention_mask"][row, longest - length :] = 1
+    sizes = {"pixel_values": SMALL_SIGLIP} | ({"high_res_pixel_values": SMALL_SAM} if kind == "hybrid" else {})
+    for name, config in sizes.items():
+        batch[name] = torch.randn(rows, 3, config["image_size"], config["image_size"], generator=random)
     return batch
 
 
@@ -201,10 +202,3 @@ def assert_close(tested: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert tested.shape == expected.shape
     error = relative_error(tested, expected)
     assert error <= tolerance, f"relative error {error:.1e}, at most {tolerance:.0e} is right"
-
-
-def skip_unless_packable(linear: torch.nn.Linear) -> None:
-    from load_weights import PackedLinear
-
-    if not PackedLinear.suits(linear):
-        pytest.skip("this machine's CPU has no packed bfloat16 kernels")

@@ -15,17 +15,17 @@ errors are not reset between stages, every comparison starts from the text and t
 
 import pytest
 import torch
-from conftest import VL2_GOLDENS, VL_GOLDENS, assert_close, encode_images, golden, golden_model, inside
+from conftest import GOLDENS, VL2_GOLDENS, VL_GOLDENS, assert_close, encode_images, golden, golden_model, inside
 
 from generate import generate
 
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
-GOLDENS = [*VL_GOLDENS, *VL2_GOLDENS]
 every_golden = pytest.mark.parametrize("name", GOLDENS)
 every_case = pytest.mark.parametrize("case", range(4))
 every_vl = pytest.mark.parametrize("name", VL_GOLDENS)
 every_vl2 = pytest.mark.parametrize("name", VL2_GOLDENS)
+
 
 def prepared(name: str, case: int) -> tuple:
     """The model, one conversation as its input, and the original's tensors for it."""
