@@ -63,6 +63,15 @@ def golden_model(name: str) -> tuple:
     return load_model(folder, dtype=torch.float32), Processor(folder)
 
 
+@cache
+def released_model(preset: str) -> torch.nn.Module:
+    """A released model without values."""
+    from model import MODELS, DeepseekVL
+
+    with torch.device("meta"):
+        return DeepseekVL(MODELS[preset])
+
+
 def copy_checkpoint(name: str, folder: Path) -> Path:
     """The files of a golden checkpoint in a new folder, where a test may change or damage them."""
     folder.mkdir(parents=True)

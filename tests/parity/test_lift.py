@@ -6,6 +6,7 @@ What it needs are the module-level names that its source mentions, followed thro
 import ast
 import copy
 import sys
+from functools import cache
 from types import ModuleType
 
 import pytest
@@ -23,65 +24,53 @@ from vision import HybridConfig, SAMConfig, SigLIPConfig
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
 FILES = ("vision", "model", "generate")
-DEFINITIONS = (ast.ClassDef, ast.FunctionDef)
+DEFINITIONS, IMPORTS = (ast.ClassDef, ast.FunctionDef), (ast.Import, ast.ImportFrom)
 ENGINE = ("packed", "quantize", "quantization", "workspace", "memory_layout")  # what no class of the papers may need
 
 
-def module_level(file: str) -> dict[str, tuple[str, str, ast.stmt]]:
-    """Each name that a file defines or takes from the others: the file that defines it, its name there, its source."""
+def statements(file: str) -> dict[str, ast.stmt]:
+    """Each name that a file defines or imports, but from the others of FILES, and the statement that does it."""
     names = {}
     for node in ast.parse((ROOT / f"{file}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, DEFINITIONS):
-            names[node.name] = (file, node.name, node)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                names |= {part.id: (file, part.id, node) for part in ast.walk(target) if isinstance(part, ast.Name)}
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                name, source = alias.asname or alias.name, getattr(node, "module", None)
-                names[name] = names_of(source)[alias.name] if source in FILES else (file, name, node)
+            names[node.name] = node
+        elif isinstance(node, IMPORTS):
+            if getattr(node, "module", None) not in FILES:
+                names |= {alias.asname or alias.name: node for alias in node.names}
+        else:
+            stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
+            names |= {part.id: node for part in stored}
     return names
 
 
-TABLES: dict[str, dict] = {}
+STATEMENTS = {name: node for file in FILES for name, node in statements(file).items()}  # in the order of reading
 
 
-def names_of(file: str) -> dict[str, tuple[str, str, ast.stmt]]:
-    if file not in TABLES:
-        TABLES[file] = module_level(file)
-    return TABLES[file]
-
-
-def needed(file: str, name: str) -> dict[tuple[str, str], ast.stmt]:
-    """The definition of a name and of all that it mentions, annotations aside."""
-    found, todo = {}, [(file, name)]
+@cache
+def needed(name: str) -> set[str]:
+    """A name and all that its definition mentions, annotations aside."""
+    found, todo = set(), [name]
     while todo:
-        file, name = todo.pop()
-        if name not in names_of(file):
+        if (name := todo.pop()) in found or name not in STATEMENTS:
             continue
-        file, name, node = names_of(file)[name]
-        if (file, name) in found:
-            continue
-        found[file, name] = node
+        found.add(name)
         annotations: set[int] = set()
-        for part in ast.walk(node):
+        for part in ast.walk(STATEMENTS[name]):
             for value in (getattr(part, "annotation", None), getattr(part, "returns", None)):
                 annotations |= {id(inner) for inner in ast.walk(value)} if value is not None else set()
-        todo += [(file, p.id) for p in ast.walk(node) if isinstance(p, ast.Name) and id(p) not in annotations]
+        parts = ast.walk(STATEMENTS[name])
+        todo += [part.id for part in parts if isinstance(part, ast.Name) and id(part) not in annotations]
     return found
 
 
-def lifted(file: str, name: str, monkeypatch) -> ModuleType:
+def lifted(name: str, monkeypatch) -> ModuleType:
     """A module that holds the source of a name and of what it needs. Imports are torch's and the standard library's."""
-    nodes = needed(file, name)
-    imports = {ast.unparse(node): node for node in nodes.values() if isinstance(node, ast.Import | ast.ImportFrom)}
-    for node in imports.values():
+    nodes = dict.fromkeys(node for other, node in STATEMENTS.items() if other in needed(name))
+    for node in (node for node in nodes if isinstance(node, IMPORTS)):
         modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         packages = {module.split(".")[0] for module in modules}
         assert packages <= {"torch", *sys.stdlib_module_names}, f"{name} needs {packages}"
-    order = sorted(nodes.items(), key=lambda item: (FILES.index(item[0][0]), item[1].lineno))
-    definitions = {ast.unparse(node): None for _, node in order if not isinstance(node, ast.Import | ast.ImportFrom)}
-    text = "\n\n".join(["from __future__ import annotations", *imports, *definitions])
+    text = "\n\n".join(["from __future__ import annotations", *map(ast.unparse, nodes)])
     module = ModuleType(f"lifted_{name}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     exec(compile(text, module.__name__, "exec"), vars(module))
@@ -93,44 +82,36 @@ def same_config(config, module: ModuleType):
     if not hasattr(config, "__dataclass_fields__"):
         return config
     fields = {name: same_config(getattr(config, name), module) for name in config.__dataclass_fields__}
-    own = getattr(module, type(config).__name__, type(config))
-    return own(**fields)
-
-
-PLAIN = LanguageConfig(120, 48, 80, 3, 6, 2, 16, 256, rope_theta=500.0)
-SIGLIP = SigLIPConfig(26, 4, 32, 2, 4, 48)
-SMALL_SAM = SAMConfig(80, 8, 24, 3, 3, 40, 4, (1, 2), 8, (16, 32))
-
-
-POSITIONS = torch.arange(9)[None].expand(2, 9)
-
-
-def rope(config: LanguageConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    return model.rope_angles(POSITIONS, config)
-
-
-CASES = {  # the file, the arguments that build it, and its inputs
-    "SwiGLU": ("model", (48, 80), lambda: (torch.randn(2, 9, 48),)),
-    "Attention": ("model", (PLAIN,), lambda: (torch.randn(2, 9, 48), rope(PLAIN))),
-    "LatentAttention": ("model", (SMALL,), lambda: (torch.randn(2, 9, 32), rope(SMALL))),
-    "MixtureOfExperts": ("model", (with_experts(**SIGMOID),), lambda: (torch.randn(2, 9, 32),)),
-    "SigLIP": ("vision", (SIGLIP,), lambda: (torch.randn(2, 3, 26, 26),)),
-    "SAMAttention": ("vision", (24, 3, 10), lambda: (torch.randn(2, 10, 10, 24),)),
-    "SAM": ("vision", (SMALL_SAM, 6), lambda: (torch.randn(2, 3, 80, 80),)),
-    "Decoder": ("model", (PLAIN,), lambda: (torch.randn(2, 9, 48), POSITIONS)),
-    "Decoder with experts": ("model", (SMALL,), lambda: (torch.randn(2, 9, 32), POSITIONS)),
-}
+    return getattr(module, type(config).__name__, type(config))(**fields)
 
 
 def build(kind: type, module: ModuleType, arguments: tuple) -> nn.Module:
     return kind(*(same_config(argument, module) for argument in arguments)).eval()
 
 
+PLAIN = LanguageConfig(120, 48, 80, 3, 6, 2, 16, 256, rope_theta=500.0)
+SIGLIP = SigLIPConfig(26, 4, 32, 2, 4, 48)
+SMALL_SAM = SAMConfig(80, 8, 24, 3, 3, 40, 4, (1, 2), 8, (16, 32))
+POSITIONS = torch.arange(9)[None].expand(2, 9)
+
+CASES = {  # the arguments that build it, and its inputs
+    "SwiGLU": ((48, 80), lambda: (torch.randn(2, 9, 48),)),
+    "Attention": ((PLAIN,), lambda: (torch.randn(2, 9, 48), model.rope_angles(POSITIONS, PLAIN))),
+    "LatentAttention": ((SMALL,), lambda: (torch.randn(2, 9, 32), model.rope_angles(POSITIONS, SMALL))),
+    "MixtureOfExperts": ((with_experts(**SIGMOID),), lambda: (torch.randn(2, 9, 32),)),
+    "SigLIP": ((SIGLIP,), lambda: (torch.randn(2, 3, 26, 26),)),
+    "SAMAttention": ((24, 3, 10), lambda: (torch.randn(2, 10, 10, 24),)),
+    "SAM": ((SMALL_SAM, 6), lambda: (torch.randn(2, 3, 80, 80),)),
+    "Decoder": ((PLAIN,), lambda: (torch.randn(2, 9, 48), POSITIONS)),
+    "Decoder with experts": ((SMALL,), lambda: (torch.randn(2, 9, 32), POSITIONS)),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_class_runs_alone(case, monkeypatch):
-    name, (file, arguments, inputs) = case.split()[0], CASES[case]
-    original = randomized(build(getattr(vision if file == "vision" else model, name), vision, arguments))
-    module, given = lifted(file, name, monkeypatch), inputs()
+    name, (arguments, inputs) = case.split()[0], CASES[case]
+    original = randomized(build(getattr(model, name, None) or getattr(vision, name), vision, arguments))
+    module, given = lifted(name, monkeypatch), inputs()
     alone = build(getattr(module, name), module, arguments)
     assert type(alone) is not type(original)
     alone.load_state_dict(original.state_dict())
@@ -141,18 +122,17 @@ def test_a_class_runs_alone(case, monkeypatch):
 def test_a_whole_model_runs_alone(kind, monkeypatch):
     if kind == "vl2":
         original, batch = small_vl2(SMALL)
+        del batch["labels"]
     else:
         towers = SIGLIP if kind == "siglip" else HybridConfig(SIGLIP, SMALL_SAM)
-        config = ModelConfig(towers, PLAIN, image_token_id=7)
-        original, batch = randomized(DeepseekVL(config)), random_batch(kind)
-    module = lifted("model", "DeepseekVL", monkeypatch)
+        original, batch = randomized(DeepseekVL(ModelConfig(towers, PLAIN, image_token_id=7))), random_batch(kind)
+    module = lifted("DeepseekVL", monkeypatch)
     alone = build(module.DeepseekVL, module, (original.config,))
     alone.load_state_dict(original.state_dict())
-    steps = []
+    steps, shape = [], batch["input_ids"].shape
+    start = {name: value[:, :-1] if value.shape == shape else value for name, value in batch.items()}
     for tested in (alone, original):
-        cache = tested.new_cache(*batch["input_ids"].shape)
-        names = "input_ids", "attention_mask", "images_seq_mask"
-        start = {name: value[:, :-1] if name in names else value for name, value in batch.items() if name != "labels"}
+        cache = tested.new_cache(*shape)
         tested(**start, cache=cache)
         steps.append(tested(input_ids=batch["input_ids"][:, -1:], cache=cache).logits)
     assert_close(*steps, 0)
@@ -165,7 +145,7 @@ def test_decode_runs_alone(monkeypatch):
     vocabulary, T = tested.config.language.vocab_size, batch["input_ids"].shape[1]
     seen = torch.zeros(2, vocabulary).scatter_add(1, batch["input_ids"], batch["attention_mask"].float()) > 0
     rows = []
-    for decode in (lifted("generate", "decode", monkeypatch).decode, generate.decode):
+    for decode in (lifted("decode", monkeypatch).decode, generate.decode):
         cache = tested.new_cache(2, T + 5)
         logits = tested(**batch, cache=cache).logits[:, -1]
         rows.append([*decode(copy.copy(tested), logits, seen, cache, 6, repetition_penalty=1.2, **options)])
@@ -173,12 +153,10 @@ def test_decode_runs_alone(monkeypatch):
 
 
 def test_no_class_of_the_papers_needs_the_engine():
-    engine = {name for name, (*_, node) in names_of("load_weights").items() if isinstance(node, DEFINITIONS)}
-    engine -= names_of("model").keys() | names_of("vision").keys()  # what it imports from there
-    for file in ("vision", "model"):
-        for name, (_, _, node) in names_of(file).items():
-            if isinstance(node, DEFINITIONS):
-                parts = {part for _, part in needed(file, name)}
-                assert not parts & engine and not any(word in part.lower() for word in ENGINE for part in parts), name
-    imported = {node.module for _, _, node in names_of("model").values() if isinstance(node, ast.ImportFrom)}
+    papers, engine = statements("vision") | statements("model"), statements("load_weights").keys()
+    for name in (name for name, node in papers.items() if isinstance(node, DEFINITIONS)):
+        definitions = {part for part in needed(name) if isinstance(STATEMENTS[part], DEFINITIONS)}
+        assert not definitions & engine, name
+        assert not any(word in part.lower() for word in ENGINE for part in needed(name)), name
+    imported = {node.module for node in papers.values() if isinstance(node, ast.ImportFrom)}
     assert not imported & {"load_weights", "processor", "generate"}

@@ -5,30 +5,18 @@ The files are 3 MB and not in a clone: one skip where they are missing.
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import SHARED
+from conftest import SHARED, released_model
 
 from load_weights import expected_tensors, read_layout_and_config
-from model import MODELS, DeepseekVL, ModelConfig
+from model import MODELS, ModelConfig
 from processor import CANDIDATE_RESOLUTIONS, IMAGE_TOKENS, PIXELS
 from vision import HybridConfig
 
-FILES = {  # preset -> folders of files for it, official first
-    "deepseek-vl-1.3b": ["deepseek-vl-1.3b-chat", "deepseek-community--deepseek-vl-1.3b-chat"],
-    "deepseek-vl-7b": ["deepseek-vl-7b-chat", "deepseek-community--deepseek-vl-7b-chat"],
-    "deepseek-vl2-tiny": ["deepseek-vl2-tiny"],
-    "deepseek-vl2-small": ["deepseek-vl2-small"],
-    "deepseek-vl2": ["deepseek-vl2"],
-}
-UNUSED = (  # in the files, and in no model: SigLIP's pooling head, and two norms of the 7B
-    ".attn_pool.",
-    "vision_model.head.",
-    "vision_model.high_layer_norm.",
-    "vision_model.low_layer_norm.",
-)
+UNUSED = r"attn_pool\.|vision_model\.(head|(high|low)_layer_norm)\."  # SigLIP's pooling head, two norms of the 7B
 PARAMETERS = {  # of the model; published, in billions, with SigLIP's pooling head: in the files, and active for a token
     "deepseek-vl-1.3b": (1_962_640_384, 1.98, None),
     "deepseek-vl-7b": (7_331_390_721, 7.34, None),
@@ -38,10 +26,9 @@ PARAMETERS = {  # of the model; published, in billions, with SigLIP's pooling he
 }
 
 
-@pytest.mark.parametrize("preset", FILES)
+@pytest.mark.parametrize("preset", PARAMETERS)
 def test_parameter_counts(preset):
-    with torch.device("meta"):
-        model = DeepseekVL(MODELS[preset])
+    model = released_model(preset)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     exact, _, active = PARAMETERS[preset]
     assert sum(sizes.values()) == exact
@@ -53,7 +40,7 @@ def test_parameter_counts(preset):
         assert used / 1e9 == pytest.approx(active, rel=0.03)
 
 
-@pytest.mark.parametrize("preset", FILES)
+@pytest.mark.parametrize("preset", PARAMETERS)
 def test_pixels_fit_the_towers(preset):
     """The processor's sizes, means and deviations are those that the model's towers are built for."""
     pixels, config = PIXELS[preset], MODELS[preset]
@@ -68,15 +55,14 @@ def test_pixels_fit_the_towers(preset):
 
 
 def test_presets_equal_the_released_files():
-    assert MODELS.keys() == FILES.keys()
+    assert MODELS.keys() == PARAMETERS.keys()
     if not SHARED.is_dir():
         pytest.skip(f"the released configs and names are not at {SHARED}")
-    for preset, folders in FILES.items():
-        config = MODELS[preset]
+    for preset, config in MODELS.items():
+        chat = f"{preset}-chat"
+        folders = [preset] if config.tiles else [chat, f"deepseek-community--{chat}"]
         assert config.image_token_id is None and config.end_token_ids == ()
-        with torch.device("meta"):
-            model = DeepseekVL(config)
-        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model = released_model(preset)
         for folder in (SHARED / "checkpoints" / name for name in folders):
             resolutions = json.loads((folder / "config.json").read_text()).get("candidate_resolutions")
             assert resolutions is None or {*map(tuple, resolutions)} == {*CANDIDATE_RESOLUTIONS}
@@ -85,11 +71,8 @@ def test_presets_equal_the_released_files():
             assert ModelConfig(released.vision, language, released.tiles) == config, folder
             names = {key: tuple(shape) for key, shape in json.loads((folder / "names.json").read_text()).items()}
             expected = expected_tensors(model, layout, set(names))
-            left = names.keys() - expected.keys()
-            assert all(any(part in name for part in UNUSED) for name in left), left
-            assert {key: tuple(target.shape) for key, target in expected.items()} == {
-                key: shape for key, shape in names.items() if key not in left
-            }
-            assert {target.parameter for target in expected.values()} == parameters.keys()
+            used = {key: shape for key, shape in names.items() if not re.search(UNUSED, key)}
+            assert {key: tuple(target.shape) for key, target in expected.items()} == used
+            assert {target.parameter for target in expected.values()} == dict(model.named_parameters()).keys()
             if "community" not in str(folder):  # those leave out the pooling head
                 assert f"{sum(map(math.prod, names.values())) / 1e9:.3g}" == f"{PARAMETERS[preset][1]}"

@@ -19,19 +19,13 @@ from processor import Processor
 CHECKPOINT, IMAGE = os.environ.get("REAL_CHECKPOINT"), os.environ.get("REAL_IMAGE")
 
 KNOWN = {  # by whether it is DeepSeek-VL2 and its language model's width: question, answer
-    (False, 2048): (
-        "<image>Describe this image.",
-        "In the image, a majestic snow leopard is captured in a moment of tranquility. The snow leopard",
-    ),
-    (False, 4096): (
-        "<image>Describe this image.",
-        "The image depicts a fluffy, beige-colored animal with a long tail, walking on snow. The",
-    ),
-    (True, 1280): (
-        "<image>\n<|ref|>The giraffe at the back.<|/ref|>.",
-        "<|ref|>The giraffe at the back.<|/ref|><|det|>[[580, 270, 999, 900]]<|/det|>",
-    ),
-}
+    (False, 2048): ("<image>Describe this image.", "In the image, a majestic snow leopard is captured in a moment of "
+                    "tranquility. The snow leopard"),
+    (False, 4096): ("<image>Describe this image.", "The image depicts a fluffy, beige-colored animal with a long tail, "
+                    "walking on snow. The"),
+    (True, 1280): ("<image>\n<|ref|>The giraffe at the back.<|/ref|>.", "<|ref|>The giraffe at the back.<|/ref|>"
+                   "<|det|>[[580, 270, 999, 900]]<|/det|>"),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not (CHECKPOINT and IMAGE), reason="REAL_CHECKPOINT and REAL_IMAGE name no checkpoint and picture")
