@@ -81,7 +81,7 @@ def write_weights(folder: Path, tensors: dict, suffix: str = "safetensors", shar
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def check_refused(folder: Path, *words: str, read=load_model) -> None:
+def check_refused(folder: Path, *words: str, read=load_model) -> str:
     """Loading fails with one ValueError of one line that holds the folder and all these words."""
     with pytest.raises(ValueError) as error:
         read(folder)
@@ -89,6 +89,7 @@ def check_refused(folder: Path, *words: str, read=load_model) -> None:
     assert "\n" not in message
     for word in (str(folder), *words):
         assert word in message, message
+    return message
 
 
 def assert_same_weights(tested: torch.nn.Module, expected: torch.nn.Module) -> None:
