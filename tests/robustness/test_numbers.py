@@ -28,28 +28,25 @@ def test_logits_that_are_not_finite_are_one_error(value, options, tmp_path):
         generate(load_model(folder, dtype=torch.float16), batch, max_new_tokens=4, **options)
 
 
-@pytest.mark.parametrize("ids", [[[10**6]], [[-1]]])
-def test_ids_beyond_the_vocabulary(ids):
+@pytest.mark.parametrize("id", [10**6, -1])
+def test_ids_beyond_the_vocabulary(id):
     model = golden_model("vl-siglip")[0]
     for call in (lambda ids: model(input_ids=ids), lambda ids: generate(model, {"input_ids": ids})):
         with pytest.raises(ValueError, match="input_ids reach from .* expected 0 to"):
-            call(torch.tensor(ids))
+            call(torch.tensor([[id]]))
 
 
 WHOLE = ("max_new_tokens", "top_k", "seed", "chunk_size")
 REAL = ("temperature", "top_p", "repetition_penalty")
 
 
-VALUES = [10**400, -(10**5000), Decimal(1), "1", True, [1], 1j]
-
-
 @pytest.mark.parametrize("name", WHOLE + REAL)
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
-def test_options_of_other_types_are_refused(name, value):
+def test_options_of_other_types_are_refused(name):
     model, processor = golden_model("vl-siglip")
-    with pytest.raises(ValueError, match=f"^{name} is .*, expected ") as caught:
-        generate(model, processor([HELLO]), **({"max_new_tokens": 1} | {name: value}))
-    assert len(str(caught.value)) < 200
+    for value in (10**400, -(10**5000), Decimal(1), "1", True, [1], 1j):
+        with pytest.raises(ValueError, match=f"^{name} is .*, expected ") as caught:
+            generate(model, processor([HELLO]), **({"max_new_tokens": 1} | {name: value}))
+        assert len(str(caught.value)) < 200
 
 
 def test_numpy_numbers_are_numbers():
@@ -79,5 +76,3 @@ def test_towers_of_another_dtype():
             model(**batch, labels=labels).loss.backward()
         grads = [parameter.grad for parameter in model.aligner.parameters()]
         assert all(grad is not None and grad.isfinite().all() for grad in grads)
-
-

@@ -1,6 +1,7 @@
-"""The command's first seconds and its terminal, as a process of its own."""
+"""The command's first seconds and its terminal."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -9,11 +10,14 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import redirect_stderr
 
 import pytest
-from conftest import ROOT, copy_checkpoint
+from conftest import ROOT, copy_checkpoint, run
 
-GENERATE = [sys.executable, str(ROOT / "generate.py")]
+import generate
+
+GENERATE, SCENE = ROOT / "generate.py", str(ROOT / "demo/images/scene.png")
 ASK = ["--prompt", "How many stars are there?", "--max-new-tokens", "3", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -27,8 +31,7 @@ def without_torch(tmp_path, then: str) -> dict[str, str]:
     "arguments, status", [(["--help"], 0), (["--imag", "x", "--foo"], 2), (["--top-k", "5"], 2), (["--seed", "1"], 2)]
 )
 def test_help_and_wrong_options_do_not_wait_for_torch(arguments, status, tmp_path):
-    environment = without_torch(tmp_path, "raise SystemExit('imported')")
-    done = subprocess.run([*GENERATE, *arguments], env=environment, capture_output=True, text=True)
+    done = run(GENERATE, *arguments, env=without_torch(tmp_path, "raise SystemExit('imported')"))
     assert done.returncode == status and "imported" not in done.stderr
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr) if status else done.stdout.startswith("usage:")
 
@@ -36,7 +39,7 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments, status, tmp_pat
 def test_ctrl_c_while_importing_ends_in_silence(tmp_path):
     environment = without_torch(tmp_path, "import time\nprint('importing', flush=True)\ntime.sleep(60)")
     process = subprocess.Popen(
-        [*GENERATE, *ASK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, GENERATE, *ASK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdout.readline() == b"importing\n"
@@ -46,69 +49,58 @@ def test_ctrl_c_while_importing_ends_in_silence(tmp_path):
 
 def test_a_full_disk_for_messages_changes_nothing():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*GENERATE, *ASK], stdout=subprocess.PIPE, stderr=full)
+        done = subprocess.run([sys.executable, GENERATE, *ASK], stdout=subprocess.PIPE, stderr=full)
     assert done.returncode == 0 and done.stdout
 
 
-@pytest.mark.parametrize("columns", [80, 40])
-def test_progress_fits_the_window(columns, tmp_path):
+def test_warnings_are_no_part_of_the_first_command():
+    done = run("-W", "error", GENERATE, "--image", SCENE)
+    assert (done.returncode, done.stderr) == (0, generate.DEMO_NOTICE + "\n")
+    assert done.stdout.startswith("In the top left a small black circle, in the top right a small yellow star")
+
+
+def test_progress_fits_the_window(tmp_path):
     folder = copy_checkpoint("vl-siglip", tmp_path / "a folder with a long name, as they are in home folders of people")
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([*GENERATE, *ASK, "--model", str(folder)], stdout=subprocess.DEVNULL, stderr=theirs)
-    os.close(theirs)
-    sent = b""
-    while True:
-        try:
-            piece = os.read(ours, 4096)
-        except OSError:  # the other side is closed
-            break
-        if not piece:
-            break
-        sent += piece
-    assert process.wait() == 0
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with open(theirs, "w") as file, redirect_stderr(file):
+        generate.main([*ASK, "--model", str(folder)])
+        sent = os.read(ours, 2**20)
+    os.close(ours)
     progress = [line for line in sent.decode().replace("\r\n", "\n").split("\r\033[K") if line.strip()]
-    assert "starting" in progress[0] and any("100%" in line for line in progress)
-    assert all(len(line.split("\n")[0]) < columns for line in progress)
+    assert any("100%" in line for line in progress)
+    assert all(len(line.split("\n")[0]) < 40 for line in progress)
 
 
-def test_quantize_and_save_need_no_question(tmp_path):
+def test_quantize_and_save_need_no_question(tmp_path, capsys):
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
-    done = subprocess.run(
-        [*GENERATE, "--model", str(folder), "--quantize", "int8", "--save", str(tmp_path / "small")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    again = subprocess.run([*GENERATE, *ASK, "--model", str(tmp_path / "small")], capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout
+    generate.main(["--model", str(folder), "--quantize", "int8", "--save", str(tmp_path / "small")])
+    assert capsys.readouterr() == ("", "")
+    generate.main([*ASK, "--model", str(tmp_path / "small")])
+    assert capsys.readouterr().out
 
 
-def test_warnings_are_no_part_of_the_first_command():
-    command = [sys.executable, "-W", "error", str(ROOT / "generate.py"), "--image", str(ROOT / "demo/images/scene.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "Warning" not in done.stderr and done.stderr.count("\n") == 1
+BAD_OPTIONS = [
+    (["photo.jpg"], "unrecognized arguments: photo.jpg; pictures are given with --image"),
+    ([*ASK, "--model", ""], "--model '' is not there, expected a checkpoint folder"),
+    ([*ASK, "--model", str(ROOT / "demo/checkpoint/config.json")], "is a file, expected a checkpoint folder"),
+    (["--prompt", "\udcff\udcfe"], "--prompt is not valid UTF-8"),
+    (["--prompt", "-", "--image", "-"], "--prompt and --image both read standard input, give a file for one"),
+]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["photo.jpg"], "unrecognized arguments: photo.jpg; pictures are given with --image"),
-        ([*ASK, "--model", ""], "--model '' is not there, expected a checkpoint folder"),
-        ([*ASK, "--model", str(ROOT / "demo/checkpoint/config.json")], "is a file, expected a checkpoint folder"),
-        (["--prompt", b"\xff\xfe"], "--prompt is not valid UTF-8"),
-        (["--prompt", "-", "--image", "-"], "--prompt and --image both read standard input, give a file for one"),
-    ],
-    ids=["no option", "no model", "a file", "no text", "twice"],
-)
-def test_errors_name_the_option(arguments, message):
-    done = subprocess.run([*GENERATE, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("arguments, message", BAD_OPTIONS, ids=[message[:20] for _, message in BAD_OPTIONS])
+def test_errors_name_the_option(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_prompt_and_picture_from_standard_input():
-    picture = (ROOT / "demo/images/scene.png").read_bytes()
-    command = [*GENERATE, "--image", "-", "--prompt", "What does the sign say?"]
-    asked = subprocess.run(command, input=picture, capture_output=True)
-    assert asked.stdout == b"It says PUSH.\n"
-    command = [*GENERATE, "--image", str(ROOT / "demo/images/scene.png"), "--prompt", "-"]
-    assert subprocess.run(command, input=b"What does the sign say?", capture_output=True).stdout == asked.stdout
+def test_prompt_and_picture_from_standard_input(capsys, monkeypatch):
+    with open(SCENE, "rb") as picture:
+        given = {"--image": picture.read(), "--prompt": b"What does the sign say?"}
+    for option, other in (("--image", ["--prompt", "What does the sign say?"]), ("--prompt", ["--image", SCENE])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given[option])))
+        generate.main([option, "-", *other])
+        assert capsys.readouterr().out == "It says PUSH.\n"
