@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared"  # what a clone lacks: released configs, tensor names and a tokenizer of 3 MB
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT), str(DEMO)]
 
 VL_GOLDENS = ["vl-siglip", "vl-hybrid"]
 VL2_GOLDENS = ["vl2-mha", "vl2-mla", "vl2-mla-sigmoid"]
@@ -86,6 +87,22 @@ def run(*arguments, folder: Path = ROOT, **options) -> subprocess.CompletedProce
     command, one_thread = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"env": one_thread, "text": True} | options
     return subprocess.run(command, capture_output=True, cwd=folder, timeout=300, **options)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(program, *arguments) -> status, out and err of the main of a program in demo, run in this process."""
+
+    def run_main(program, *arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
+        status = 0
+        try:
+            program.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    return run_main
 
 
 # ------------------------------------------------------------------ small random models, ours and transformers'

@@ -11,18 +11,9 @@ from vision import SigLIPConfig, TileConfig
 LATENT = LatentConfig(kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
 EXPERTS = ExpertsConfig(n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=20)
 SMALL = LanguageConfig(
-    vocab_size=120,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=8,
-    max_position_embeddings=256,
-    rope_theta=500.0,
-    latent=LATENT,
-    experts=EXPERTS,
-)
+    vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=8, max_position_embeddings=256, rope_theta=500.0, latent=LATENT, experts=EXPERTS,
+)  # fmt: skip
 YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64, mscale=0.9, mscale_all_dim=0.6)
 
 GROUPS = {"n_group": 4, "topk_group": 3}

@@ -1,25 +1,21 @@
 """The DeepSeek-VL2 demo: its scenes and labels, its tokenizer, its checkpoint's answers and boxes."""
 
 import re
-import sys
 from dataclasses import replace
 from random import Random
 
+import evaluate_vl2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_demo import DEMO, run
+import vl2_lessons
+import vl2_scenes
+from conftest import DEMO
 
-sys.path.insert(0, str(DEMO))
-
-import evaluate_vl2  # noqa: E402
-import vl2_lessons  # noqa: E402
-import vl2_scenes  # noqa: E402
-
-from load_weights import load_model  # noqa: E402
-from model import ExpertsConfig, LanguageConfig, Router  # noqa: E402
-from processor import Processor, parse_boxes  # noqa: E402
+import generate
+from load_weights import load_model
+from model import ExpertsConfig, LanguageConfig, Router
+from processor import Processor, parse_boxes
 
 CHECKPOINT = DEMO / "vl2"
 
@@ -46,11 +42,10 @@ def test_small_text_needs_the_local_view(checkpoint):
     assert evaluate_vl2.accuracy(*checkpoint, scenes=20, tasks=["text"], local_view=False)["text"] < 0.1
 
 
-def test_the_command_draws_the_boxes_it_found(tmp_path):
+def test_the_command_draws_the_boxes_it_found(tmp_path, capsys):
     command = ["--model", CHECKPOINT, "--image", DEMO / "images" / "wide.png", "--boxes", tmp_path / "found.png"]
-    result = run(ROOT / "generate.py", *command, "--prompt", "<|ref|>the red circle<|/ref|>", "--dtype", "float32")
-    assert result.returncode == 0, result.stderr
-    answer = re.search(r"<\|ref\|>the red circle<\|/ref\|><\|det\|>\[\[.*\]\]<\|/det\|>", result.stdout)
+    generate.main([*map(str, command), "--prompt", "<|ref|>the red circle<|/ref|>", "--dtype", "float32"])
+    answer = re.search(r"<\|ref\|>the red circle<\|/ref\|><\|det\|>\[\[.*\]\]<\|/det\|>", capsys.readouterr().out)
     assert len(parse_boxes(answer[0], (477, 119))) == 1 and (tmp_path / "found.png").exists()
 
 
