@@ -99,18 +99,15 @@ def transformers_model(folder: Path, processor: Processor, dtype: torch.dtype) -
         tensors = checkpoint_tensors(ours, ours.state_dict(), LAYOUTS[config["model_type"]])
         state = {name: tensor.contiguous() for name, (_, tensor) in tensors.items()}
         kind = getattr(transformers, config["architectures"][0])
-        model, info = kind.from_pretrained(
-            None, config=kind.config_class.from_dict(config), state_dict=state, **options
-        )
+        config = kind.config_class.from_dict(config)
+        model, info = kind.from_pretrained(None, config=config, state_dict=state, **options)
         for name, *_ in list(info["mismatched_keys"]):
             if name.startswith(OTHER_WIDTHS):
                 module, _, parameter = name.rpartition(".")
                 setattr(model.get_submodule(module), parameter, nn.Parameter(state[name]))
                 info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] != name}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [
-            str(key)[:200] for key in info[problem] if ".vision_model.head." not in str(key)
-        ]  # which nothing reads
+        names = [str(key)[:200] for key in info[problem] if ".vision_model.head." not in str(key)]  # nothing reads it
         if names:
             raise ValueError(f"{folder}: transformers has {problem.replace('_', ' ')}: {min(names)}")
     return model.eval(), ours
@@ -146,10 +143,8 @@ def transformers_inputs(folder: Path, processor: Processor, message: dict, batch
     marker, count = processor.image_token, processor.num_image_tokens
     text = processor.prompt([message]).replace(marker, marker * count)
     ids = [processor.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-    return inputs | {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-    }, given
+    inputs |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    return inputs, given
 
 
 @torch.no_grad()
@@ -161,9 +156,8 @@ def run_transformers(folder: Path, images: list[str], prompt: str, name: str, fi
     transformers.logging.disable_progress_bar()
     processor = Processor(folder)
     if processor.is_vl2:
-        raise ValueError(
-            f"{folder}: transformers has no DeepSeek-VL2; --against DUMP takes tests/dump_original.py's file"
-        )
+        dump = "--against DUMP takes tests/dump_original.py's file"
+        raise ValueError(f"{folder}: transformers has no DeepSeek-VL2; {dump}")
     message = {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
     batch, (dtype, wide) = processor([message]), WIDER[name]
     model, ours = transformers_model(folder, processor, dtype)
@@ -326,9 +320,8 @@ def verify(folder: Path, images: list[str], prompt: str, against: str, name: str
                 raise ValueError(f"transformers cannot be used ({error}): {hint}") from None
             gc.collect()
         elif not file.is_file():
-            raise ValueError(
-                f"--against {file}: no such file, expected transformers or a file of tests/dump_original.py"
-            )
+            wanted = "transformers or a file of tests/dump_original.py"
+            raise ValueError(f"--against {file}: no such file, expected {wanted}")
         try:
             with safe_open(file, "pt") as reference:
                 metadata = reference.metadata() or {}

@@ -96,21 +96,6 @@ def test_answers_follow_from_the_scene():
     assert min(asked.values()) > 120, asked
 
 
-def test_labels_of_tokens_tell_the_box_of_what_is_there():
-    processor = Processor(CHECKPOINT)
-    number = {vl2_scenes.word_id(processor, str(n)): n for n in range(1000)}
-    for seed in range(20):
-        scene = vl2_scenes.random_scene(Random(seed))
-        picture = vl2_scenes.draw(scene)
-        labels, reach = vl2_scenes.token_labels(scene, picture, processor)
-        tokens, letters = processor.image_tokens(picture.size), vl2_scenes.letter_labels(scene, picture, processor, 8)
-        assert reach.shape == (tokens, 4) and labels.shape == (tokens, len(vl2_scenes.FIELDS))
-        told = {tuple(number[int(id)] for id in row[3:7]) for row in labels if row[3] != vl2_scenes.IGNORED}
-        assert told == {tuple(vl2_scenes.thousandths(thing, scene)) for thing in scene.things}
-        spelled = [vl2_scenes.LETTERS[i] for i in letters[1:].flatten() if i > 0]
-        assert sorted(spelled) == sorted(scene.sign.text if scene.sign else "")
-
-
 def test_its_tokenizer_is_a_byte_level_bpe_as_the_tokenizers_library_reads_it():
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

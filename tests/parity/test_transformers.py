@@ -202,27 +202,6 @@ def test_one_query_of_a_long_text(B, H, G, S):
     assert_close(fast_attention(q, k, v, bias.bfloat16(), scale=0.1).double(), exact, 2**-8)
 
 
-@pytest.mark.parametrize("T, S", [(1, 5), (5, 5), (2, 5)])
-@pytest.mark.parametrize("wanted", ["q", "k", "v"])
-def test_gradients_of_fast_attention(wanted, T, S):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        inputs = {"q": torch.randn(1, 4, T, 8), "k": torch.randn(1, 2, S, 8), "v": torch.randn(1, 2, S, 8)}
-        inputs = {name: tensor.to(dtype).requires_grad_(name == wanted) for name, tensor in inputs.items()}
-        with torch.enable_grad():
-            tested, expected = (
-                torch.autograd.grad(twin(**inputs, causal=True, scale=0.5).pow(2).sum(), inputs[wanted])[0]
-                for twin in (fast_attention, attention)
-            )
-        assert_close(tested, expected, tolerance)
-
-
-def test_fast_attention_in_bfloat16_is_as_exact_as_attention():
-    """Of SigLIP's kind, with scores of deviation 3."""
-    q, k, v = (torch.randn(2, 4, 729, 72).bfloat16() * factor for factor in (3, 1, 1))
-    exact = attention(q.double(), k.double(), v.double())
-    assert relative_error(fast_attention(q, k, v), exact) <= 1.02 * relative_error(attention(q, k, v), exact)
-
-
 # ------------------------------------------------------------------------------------ vision
 
 
@@ -240,17 +219,11 @@ def slow_sam_attention(module: SAMAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("g", [4, 14, 29], ids=str)
-def test_sam_attention_and_its_gradients_equal_the_textbook_form(g):
+def test_sam_attention_equals_the_textbook_form(g):
     """Also where its scores are made a part at a time; and in bfloat16 it is no less exact."""
     module, x = randomized(SAMAttention(16, 2, grid=g)), torch.randn(1, g, g, 16)
-    with torch.enable_grad():
-        tested, expected = (
-            torch.autograd.grad((form(x) * x).sum(), list(module.parameters()))
-            for form in (module, lambda x: slow_sam_attention(module, x))
-        )
     exact = slow_sam_attention(module, x)
-    for pair in ((module(x), exact), *zip(tested, expected)):
-        assert_close(*pair)
+    assert_close(module(x), exact)
     module, x = module.bfloat16(), x.bfloat16()
     assert relative_error(module(x), exact) <= 1.05 * relative_error(slow_sam_attention(module, x), exact)
 
@@ -329,11 +302,7 @@ def test_yarn(yarn, theta, width):
 
 # ------------------------------------------------------------------------------------ latent attention
 
-HEADS = {
-    "small's shape": {},
-    "latent queries": {"q_lora_rank": 20},
-    "values wider than keys": {"v_head_dim": 40},
-}
+HEADS = {"small's shape": {}, "latent queries": {"q_lora_rank": 20}, "values wider than keys": {"v_head_dim": 40}}
 every_head = pytest.mark.parametrize("heads", HEADS)
 
 
@@ -415,7 +384,6 @@ ROUTINGS = {
     "groups of one": {**SIGMOID, "n_group": 8, "topk_group": 6},
     "one expert a token, which is not normalized": {**SIGMOID, "num_experts_per_tok": 1},
 }
-THEIR_ROUTINGS = {"tiny and small": "V2", "groups": "V2", "base": "V3", "bias and groups": "V3"}  # what they have
 
 
 def route(moe: MixtureOfExperts, token: torch.Tensor) -> dict[int, float]:
@@ -467,29 +435,3 @@ def test_mixture_of_experts_equals_a_loop_over_tokens_and_experts(routing, bias,
     assert_close(moe(x).double(), expected, tolerance)
     assert_close(moe(x[1:, 4:5]).double(), expected[1:, 4:5], tolerance)
     assert moe(x).dtype == dtype
-
-
-@pytest.mark.parametrize("routing", THEIR_ROUTINGS)
-def test_mixture_of_experts_and_its_gradients(routing):
-    """transformers stacks the weights of all experts, gate above up."""
-    config, version = with_experts(**ROUTINGS[routing]), THEIR_ROUTINGS[routing]
-    ours = randomized(MixtureOfExperts(config))
-    theirs = transformers_module(version, {"V2": "Moe", "V3": "MoE"}[version], config)
-    weights = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("experts.")}
-    both = [torch.cat((expert.gate_proj.weight, expert.up_proj.weight)) for expert in ours.experts]
-    weights["experts.gate_up_proj"] = torch.stack(both)
-    weights["experts.down_proj"] = torch.stack([expert.down_proj.weight for expert in ours.experts])
-    theirs.load_state_dict(weights)
-    results, x = [], torch.randn(2, 9, 32)
-    for moe in (ours, theirs):
-        with torch.enable_grad():
-            given = x.clone().requires_grad_()
-            out = moe(given)
-            out.square().sum().backward()
-        results.append((out, given.grad, moe.gate.weight.grad, moe.shared_experts.up_proj.weight.grad))
-    for tested, expected in zip(*results):
-        assert_close(tested, expected)
-    down = [expert.down_proj.weight for expert in ours.experts]
-    zero = torch.zeros_like(down[0])  # of an expert that no token chose
-    grads = torch.stack([zero if weight.grad is None else weight.grad for weight in down])
-    assert_close(grads, theirs.experts.down_proj.grad)

@@ -212,35 +212,21 @@ def test_the_table_points_to_the_fault(fault, picture, capsys, references, origi
         assert_wrong_at(fault.stage, run(folder, picture, capsys, "--against", file))
 
 
-ROWS = {  # of TRANSFORMERS_NAMES, two of equal shape, and where their exchange shows first
-    "SigLIP layer 0": ("vision_model.encoder.layers.*.layer_norm1.*", "vision_model.encoder.layers.*.layer_norm2.*"),
-    "aligner": ("model.aligner.high_res_vision_proj.*", "model.aligner.vision_proj.*"),
-    "SAM neck": ("vision_encoder.neck.layer_norm1.*", "vision_encoder.neck.layer_norm2.*"),
-}
+def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
+    """Two of equal shape exchanged, and one that names nothing."""
 
+    def take_table(rows: list) -> None:
+        layout = load_weights.LAYOUTS["deepseek_vl_hybrid"]._replace(names=rows)
+        monkeypatch.setattr(load_weights, "TRANSFORMERS_NAMES", rows)
+        monkeypatch.setitem(load_weights.LAYOUTS, "deepseek_vl_hybrid", layout)
 
-def take_table(table: list, monkeypatch) -> None:
-    """Read transformers' files by another table of names."""
-    layout = load_weights.LAYOUTS["deepseek_vl_hybrid"]._replace(names=table)
-    monkeypatch.setattr(load_weights, "TRANSFORMERS_NAMES", table)
-    monkeypatch.setitem(load_weights.LAYOUTS, "deepseek_vl_hybrid", layout)
-
-
-@pytest.mark.parametrize("stage", ROWS)
-def test_two_exchanged_rows_of_the_table_of_names(stage, picture, capsys, monkeypatch):
-    table = list(load_weights.TRANSFORMERS_NAMES)
-    low = [i for i, row in enumerate(table) if row[1].startswith("vision.low.") or "vision.low" not in row[1]]
-    first, second = (next(i for i in low if table[i][0].endswith(end)) for end in ROWS[stage])
-    table[first], table[second] = (table[first][0], table[second][1]), (table[second][0], table[first][1])
-    take_table(table, monkeypatch)
-    assert_wrong_at(stage, run(golden("vl-hybrid").folder, picture, capsys))
-
-
-def test_a_row_of_the_table_that_names_nothing(picture, capsys, monkeypatch):
-    rows = load_weights.TRANSFORMERS_NAMES
-    take_table([(theirs.replace("high_res_vision_alpha", "alpha"), ours) for theirs, ours in rows], monkeypatch)
+    table, folder = load_weights.TRANSFORMERS_NAMES, golden("vl-hybrid").folder
+    sides = {"aligner.high_proj.*": "aligner.low_proj.*", "aligner.low_proj.*": "aligner.high_proj.*"}
+    take_table([(theirs, sides.get(ours, ours)) for theirs, ours in table])
+    assert_wrong_at("aligner", run(folder, picture, capsys))
+    take_table([(theirs.replace("high_res_vision_alpha", "alpha"), ours) for theirs, ours in table])
     with pytest.raises(SystemExit):
-        run(golden("vl-hybrid").folder, picture, capsys)
+        run(folder, picture, capsys)
     assert "transformers has missing keys: model.high_res_vision_alpha" in capsys.readouterr().err
 
 

@@ -171,10 +171,8 @@ WRONG_TENSORS = {  # tensors changed, None taking one away: (changes, words)
     "almost unused": ({"vision_model.layer_norm.bias": torch.ones(2)}, "unexpected tensor vision_model.layer_norm"),
     "longer": ({NORM: torch.ones(65)}, f"model.safetensors: tensor {NORM} has shape [65], config.json says [64]"),
     "transposed": ({QKV: torch.ones(64, 192)}, f"{QKV} has shape [64, 192], config.json says [192, 64]"),
-    "one dimension more": ({NORM: torch.ones(1, 64)}, f"{NORM} has shape [1, 64], config.json says [64]"),
     "integers": ({NORM: torch.ones(64, dtype=torch.int16)}, f"{NORM} holds torch.int16, expected one of"),
     "eight bits": ({NORM: torch.ones(64).to(torch.float8_e4m3fn)}, f"{NORM} holds torch.float8_e4m3fn, expected"),
-    "complex": ({NORM: torch.ones(64, dtype=torch.complex64)}, f"{NORM} holds torch.complex64, expected one of"),
 }
 
 
@@ -269,26 +267,18 @@ def edit_header(raw: bytes, tensor: str = NORM, **changes) -> bytes:
 
 DAMAGED_BYTES = {
     "empty": lambda raw: b"",
-    "a length alone": lambda raw: raw[:8],
     "cut in the header": lambda raw: raw[:100],
     "cut in the data": lambda raw: raw[:-100],
     "longer than the header says": lambda raw: raw + bytes(100),
     "header beyond the file": lambda raw: struct.pack("<Q", len(raw)) + raw[8:],
-    "header beyond any file": lambda raw: struct.pack("<Q", 2**63) + raw[8:],
-    "header of no length": lambda raw: struct.pack("<Q", 0) + raw[8:],
     "header that is no JSON": lambda raw: struct.pack("<Q", 100) + b"{" * 200,
-    "header that is no text": lambda raw: struct.pack("<Q", 100) + b"\xff" * 200,
-    "header that is a list": lambda raw: struct.pack("<Q", 8) + b"[1, 2]  ",
     "header without a floor": lambda raw: struct.pack("<Q", 10**6) + b'{"a":' * 200_000,
     "offsets beyond the data": lambda raw: edit_header(raw, data_offsets=[10**9, 10**9 + 128]),
-    "offsets of another tensor": lambda raw: edit_header(raw, data_offsets=[0, 128]),
     "offsets backwards": lambda raw: edit_header(raw, data_offsets=[128, 0]),
-    "offsets below zero": lambda raw: edit_header(raw, data_offsets=[-128, 0]),
     "unknown dtype": lambda raw: edit_header(raw, dtype="F17"),
     "dtype of another width": lambda raw: edit_header(raw, dtype="F32"),
     "shape of other bytes": lambda raw: edit_header(raw, shape=[65]),
     "shape beyond any memory": lambda raw: edit_header(raw, shape=[2**62, 4, 64]),
-    "shape below zero": lambda raw: edit_header(raw, shape=[-64]),
     "a dtype that torch lacks": lambda raw: edit_header(raw, QKV, dtype="F6_E2M3", shape=[32768]),
 }
 
