@@ -362,13 +362,13 @@ def answer(
         raise ValueError("stop is a list of texts that are not empty, and needs the tokenizer")
     steps = min(max_new_tokens, most - T + 1)
 
-    kv = model.new_cache(B, T + steps - 1) if cache is None else cache.kv
     if cache is not None:
         x = cache.embed_new(model, batch)
-        kv.enlarge(T + steps - 1)
+        cache.kv.enlarge(T + steps - 1)
     elif x is None:
         features = model.encode_images(*(batch.get(name) for name in PICTURES))
         x = model.embed(input_ids, features, batch.get("images_seq_mask"))
+    kv = model.new_cache(B, T + steps - 1) if cache is None else cache.kv
     logits = prefill(model, x, mask[:, -x.shape[1] :], kv, chunk_size and int(chunk_size))
     seen = torch.zeros_like(logits, dtype=torch.long)  # (B, vocabulary), how often a row has each id; without padding
     if input_ids is not None:
@@ -639,16 +639,11 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
-    slow = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    if slow:
+    if slow := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
         tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
     if args.compile:
         lead = ""
-
-        def warn(why: str) -> None:
-            tell(f"{lead}--compile: not possible here, going on without it ({why})")
-
-        compile_steps(model, warn)
+        compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))
         lead = "\n" if sys.stderr.isatty() else ""  # from now on the answer's line may be open
     if args.chat:
         chat(args, model, processor, pictures, options)
@@ -728,8 +723,7 @@ def chat(args: argparse.Namespace, model: DeepseekVL, processor: Processor, pict
     while True:
         try:
             line = input("> " if terminal else "") if line is None else line
-            command, _, value = line.strip().partition(" ")
-            value = value.strip()
+            command, _, value = (part.strip() for part in line.strip().partition(" "))
             if command == "/quit":
                 return
             if command == "/clear":
@@ -759,7 +753,8 @@ def chat(args: argparse.Namespace, model: DeepseekVL, processor: Processor, pict
                 raise
             print()
         except (ValueError, FileNotFoundError) as error:
-            tell(f"error: {reason(error)}{': /clear starts over' * ('over the model' in str(error))}")
+            hint = ": /clear starts over" if "over the model's context" in str(error) else ""
+            tell(f"error: {reason(error)}{hint}")
         line = None
 
 
