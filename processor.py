@@ -417,8 +417,9 @@ def character_ranges() -> dict[str, str]:
     white_space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's adds U+001C to U+001F
     ranges = {r"\s": white_space, r"\S": f"^{white_space}"}
     for category, run in groupby(range(0x110000), lambda code: unicodedata.category(chr(code))[0]):
-        codes, key = list(run), rf"\p{{{category}}}"
-        ranges[key] = f"{ranges.get(key, '')}\\U{codes[0]:08x}-\\U{codes[-1]:08x}"
+        key, first = rf"\p{{{category}}}", next(run)
+        last = max(run, default=first)
+        ranges[key] = f"{ranges.get(key, '')}\\U{first:08x}-\\U{last:08x}"
     return ranges
 
 
