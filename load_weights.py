@@ -77,14 +77,9 @@ class Section(Settings):
 
     def __init__(self, values: Any, name: str):
         super().__init__(values, name)
-        self.name = name
         self.nulls = [key for key, value in self.values.items() if value is None]
         for key in self.nulls:
             del self.values[key]
-
-    def section(self, key: str) -> Section:
-        """The object inside; an absent one is empty."""
-        return Section(self.values.get(key), f"{self.name}: {key}")
 
     def only(self, **supported: Any) -> None:
         """Refuse any other value of these keys. They may be absent."""
