@@ -416,10 +416,11 @@ def character_ranges() -> dict[str, str]:
     """
     white_space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's adds U+001C to U+001F
     ranges = {r"\s": white_space, r"\S": f"^{white_space}"}
+    first = 0
     for category, run in groupby(range(0x110000), lambda code: unicodedata.category(chr(code))[0]):
-        key, first = rf"\p{{{category}}}", next(run)
-        last = max(run, default=first)
+        key, last = rf"\p{{{category}}}", first + sum(1 for _ in run) - 1
         ranges[key] = f"{ranges.get(key, '')}\\U{first:08x}-\\U{last:08x}"
+        first = last + 1
     return ranges
 
 
