@@ -139,19 +139,18 @@ def main() -> None:
     if processor.is_vl2:
         tasks, shares, columns = evaluate_vl2.ALL_TASKS, vl2_shares, "both views | local view grey"
     rows, start = {}, time.perf_counter()
-    with evaluate_vl2.expert_load(model) as load:
-        for done, task in enumerate(tasks, start=1):
-            rows |= shares(model, processor, args.scenes, task)
-            left = (time.perf_counter() - start) / done * (len(tasks) - done)
-            note(f"{done} of {len(tasks)} kinds, {left:.0f} s left")
+    for done, task in enumerate(tasks, start=1):
+        rows |= shares(model, processor, args.scenes, task)
+        left = (time.perf_counter() - start) / done * (len(tasks) - done)
+        note(f"{done} of {len(tasks)} kinds, {left:.0f} s left")
     note("")
     print(f"in {str(model.dtype).removeprefix('torch.')} on {device}, {args.scenes} questions of each kind:\n")
     print(f"| right | {columns} |\n|---|---|---|")
     for task, (whole, part) in rows.items():
         print(f"| {task} | {whole:.1%} | {part:.1%} |")
-    if load:
+    if processor.is_vl2:
         print("\nExperts' shares of tokens, over equal ones, least and most busy:")
-        for name, counts in load.items():
+        for name, counts in evaluate_vl2.expert_load(model, processor, args.scenes).items():
             relative = counts / counts.mean()
             print(f"{name}: {relative.min():.2f} and {relative.max():.2f}")
 

@@ -4,17 +4,16 @@ locates. Called by evaluate.py."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from random import Random
 
 import torch
 from drawings import random_emptiness
 from torch import Tensor
-from vl2_scenes import TASKS, Scene, ask, draw, random_scene
+from vl2_scenes import TASKS, Scene, ask, chat, draw, random_scene
 
 from generate import generate
-from model import DeepseekVL, Router
+from model import DeepseekVL, record
 from processor import Box, Processor, parse_boxes
 
 MEASURED = (*TASKS, "box overlap")  # the mean intersection over union of "ground"
@@ -109,22 +108,18 @@ def accuracy(
     return shares
 
 
-@contextmanager
-def expert_load(model: DeepseekVL) -> Iterator[dict[str, Tensor]]:
-    """Within this, the dict gathers how many tokens each expert of each layer got (padding of batches included)."""
+@torch.inference_mode()
+def expert_load(model: DeepseekVL, processor: Processor, scenes: int, split: str = "test") -> dict[str, Tensor]:
+    """How many tokens each expert of each layer gets, of conversations about that many scenes, without padding."""
     load: dict[str, Tensor] = {}
-
-    def count(name: str, router: Router, experts: Tensor) -> None:
-        counts = torch.bincount(experts.flatten(), minlength=router.config.n_routed_experts).float().cpu()
-        load[name] = load.get(name, 0) + counts
-
-    hooks = [
-        module.register_forward_hook(lambda router, inputs, out, name=name: count(name, router, out[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, Router)
-    ]
-    try:
-        yield load
-    finally:
-        for hook in hooks:
-            hook.remove()
+    talks = [chat(Random(f"vl2-{split}-talk-{i}"))[2] for i in range(scenes)]
+    for start in range(0, scenes, BATCH):
+        batch = processor(talks[start : start + BATCH], labels=True)
+        with record(model) as inside:
+            model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, logits_to_keep=1)
+        real = batch["attention_mask"].flatten().bool()
+        for name in (name for name in inside if name.endswith("mlp.gate")):
+            experts = inside[name][0].cpu()[real].flatten()
+            counts = torch.bincount(experts, minlength=model.config.language.experts.n_routed_experts)
+            load[name] = load.get(name, 0) + counts.float()
+    return load
