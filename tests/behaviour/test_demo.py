@@ -108,8 +108,8 @@ def test_what_holds_no_shape_is_said_so():
 
 
 # What 30 fixed scenes must at least give: a little below the figures of 500 in the README.
-LEAST = {"describe": 0.97, "color": 0.97, "count": 0.92, "position": 0.97, "relation": 0.94, "text": 0.88}
-LEAST |= {"drawing": 0.9, "drawings": 0.8, "no shapes": 0.9}
+LEAST = {"describe": 0.97, "color": 0.97, "count": 0.95, "position": 0.97, "relation": 0.97, "text": 0.97}
+LEAST |= {"drawing": 0.95, "drawings": 0.9, "no shapes": 0.95}
 
 # What the checkpoint answers in float32; what the README shows is among these.
 ANSWERS = [
@@ -150,7 +150,7 @@ def test_answers_about_the_pictures_beside_it(checkpoint):
     assert shown <= {(question, answer) for _, question, answer in ANSWERS}
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 0.006), ("int4", 0.08)])
+@pytest.mark.parametrize("kind, most", [("int8", 0.008), ("int4", 0.13)])
 def test_quantized_weights_move_the_logits_little(kind, most, checkpoint):
     model, processor = checkpoint  # trained weights, unlike random ones, have outliers
     quantized = load_model(CHECKPOINT, dtype=torch.float32, quantize=kind)
