@@ -1,6 +1,8 @@
 """demo/convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
 
 import json
+import runpy
+from functools import partial
 
 import convert as convert_file
 import pytest
@@ -8,7 +10,7 @@ import torch
 from checkpoints import edit_json, read_tensors
 from commands import assert_refused, run_command
 from conftest import ROOT, VL_GOLDENS, assert_close, copy_checkpoint, golden
-from convert import convert, main
+from convert import convert
 from safetensors import safe_open
 
 from load_weights import load_model, save_checkpoint
@@ -103,6 +105,7 @@ def test_what_cannot_be_converted(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     source, new = golden("vl-siglip").folder, tmp_path / "new"
+    main = partial(runpy.run_path, str(ROOT / "demo" / "convert.py"), run_name="__main__")
     done = run_command(main, [source, new, "--layout", "transformers", "--dtype", "bfloat16"], capsys)
     assert (done.status, done.out, done.err) == (0, "", "") and load_model(new).dtype == torch.bfloat16
     refused = run_command(main, [source, new, "--layout", "transformers"], capsys)
