@@ -234,11 +234,10 @@ def test_steps_of_fixed_shape_are_decode_steps(name, monkeypatch):
     assert [generate(model, batch, max_new_tokens=9) for batch in batches] == expected
 
 
-@pytest.mark.parametrize("name, kind, layers", [("vl-siglip", "int4", 1), ("vl2-mla", "int8", 2)])
-def test_compiled_steps_give_the_same_ids(name, kind, layers):
-    """Through torch.compile, of the first layers; where it cannot compile, with one reason and steps as before."""
+@pytest.mark.parametrize("name, kind", [("vl-siglip", "int4"), ("vl2-mla", "int8")])
+def test_compiled_steps_give_the_same_ids(name, kind):
+    """Through torch.compile; where it cannot compile, with one reason and steps as before."""
     model, batch, reasons = load_model(golden(name).folder, dtype=torch.float32, quantize=kind), two_texts(name), []
-    model.language.layers = model.language.layers[:layers]
     expected = generate(pack(model), batch, max_new_tokens=4)
     compile_steps(model, failed=reasons.append)
     assert generate(model, batch, max_new_tokens=4) == expected
