@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,9 +54,10 @@ def free_port() -> int:
     ],
 )
 def test_what_cannot_be_is_one_line(option, value, message, capsys):
+    main = partial(runpy.run_path, str(DEMO / "web.py"), run_name="__main__")
     with socket.create_server(("127.0.0.1", 0)) as server:
         value = value.replace("TAKEN", f"{server.getsockname()[1]}")
-        assert_refused(run_command(web.main, [option, value], capsys), message)
+        assert_refused(run_command(main, [option, value], capsys), message)
 
 
 def answer_alone(name: str, messages: list[dict], max_new_tokens: int = 12) -> str:
