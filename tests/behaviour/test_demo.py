@@ -17,7 +17,7 @@ import pytest
 import scenes
 import torch
 import train
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, run
 from PIL import Image
 
 from generate import generate
@@ -160,11 +160,25 @@ def test_quantized_weights_move_the_logits_little(kind, most, checkpoint):
     assert (moved - exact).norm() <= most * exact.norm()
 
 
+AS_FILES = """
+import runpy, sys
+(folder, *programs), others = sys.argv[1:], sys.path[1:]
+for program in programs:  # as if each were started anew: its folder in the path, and nothing of the project imported
+    sys.path[:], sys.argv[1:] = [folder, *others], ["--help"]
+    for name in [name for name, module in sys.modules.items() if folder[:-4] in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(f"{folder}/{program}.py", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, program
+"""
+
+
 def test_help_draws_nothing_and_a_picture_is_drawn_where_asked(tmp_path, run_here):
     pictures = {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
-    for name in ("draw_tiles", "figures", "ablate"):
-        result = run_here(import_module(name), "--help")
-        assert result.status == 0 and result.out.startswith("usage: ")
+    programs = ("draw_tiles", "figures", "ablate", "evaluate", "train", "look")
+    result = run("-c", AS_FILES, DEMO, *programs, folder=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("usage: ") == len(programs), result.stderr
     result = run_here(draw_tiles, DEMO / "images" / "scene.png", "--out", tmp_path / "tiles.png")
     assert result.status == 0 and (tmp_path / "tiles.png").exists(), result.err
     assert pictures == {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
