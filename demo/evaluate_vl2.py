@@ -10,14 +10,15 @@ from random import Random
 import torch
 from drawings import random_emptiness
 from torch import Tensor
-from vl2_scenes import TASKS, Scene, ask, chat, draw, random_scene
+from vl2_scenes import TASKS, Scene, ask, chat, draw, drawn_scene, random_scene
 
 from generate import generate
 from model import DeepseekVL, record
 from processor import Box, Processor, parse_boxes
 
 MEASURED = (*TASKS, "box overlap")  # the mean intersection over union of "ground"
-ALL_TASKS = ("describe", "color", "count", "text", "no text", "no shapes", "ground", "grounded")
+DRAWINGS = {"drawing": (1, 1), "drawings": (2, 4)}  # least and most shapes
+ALL_TASKS = ("describe", "color", "count", "text", "no text", *DRAWINGS, "no shapes", "ground", "grounded")
 BATCH = 50
 FINE = (99900, 99900)  # a picture's size in which no thousandth is rounded away
 
@@ -31,6 +32,9 @@ def exam(task: str, scenes: int, split: str = "test") -> list[tuple[list[dict], 
             if task == "no shapes":
                 _, picture = random_emptiness(rng, held_out=True)
                 found = ask(Scene((), (), 1, 1, 1, (0, 0, 0), 0, False, 0), "describe", rng)
+            elif task in DRAWINGS:
+                scene, picture = drawn_scene(rng, DRAWINGS[task])
+                found = ask(scene, "describe", rng)
             else:
                 scene = random_scene(rng, sign={"text": True, "no text": False}.get(task))
                 picture, found = draw(scene), ask(scene, task.removeprefix("no "), rng)

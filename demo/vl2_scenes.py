@@ -24,6 +24,9 @@ from drawings import (
     PAINTS,
     add_noise,
     contrast,
+    corners,
+    paint,
+    random_drawing,
     random_emptiness,
     random_ground,
     random_paint,
@@ -186,6 +189,29 @@ def random_scene(rng: Random, sign: bool | None = None, crowded: bool = False) -
     return Scene(tuple(shapes), tuple(signs), width, height, scale, ground, noise, smooth, seed)
 
 
+def drawn_scene(rng: Random, shapes: tuple[int, int]) -> tuple[Scene, Image.Image]:
+    """A drawing as people make them (drawings.py), with so many shapes (least, most), and its picture.
+
+    No two shapes stand side by side where one must come first.
+    """
+    while True:
+        drawing = random_drawing(rng, shapes)
+        axis, longest = int(drawing.height > drawing.width), max(drawing.width, drawing.height)
+        places = sorted((shape.x, shape.y)[axis] for shape in drawing.shapes)
+        apart = all(after - before > 0.06 * longest for before, after in zip(places, places[1:]))
+        if len(places) >= shapes[0] and apart:
+            break
+    brush, things = Random(drawing.seed), []
+    for shape in drawing.shapes:  # as `paint` chooses
+        random_paint(brush, shape.color)
+        ends = [(shape.x - shape.radius, shape.y - shape.radius), (shape.x + shape.radius, shape.y + shape.radius)]
+        across, down = zip(*(ends if shape.kind == "circle" else corners(shape, brush)))
+        things.append(Thing(shape.kind, shape.color, shape.size, (min(across), min(down), max(across), max(down))))
+    things.sort(key=lambda thing: thing.middle[axis])
+    scene = Scene(tuple(things), (), drawing.width, drawing.height, 1, drawing.ground, 0, False, drawing.seed)
+    return scene, paint(drawing)
+
+
 def draw(scene: Scene) -> Image.Image:
     """The scene as an RGB picture; the same scene always gives the same picture."""
     rng, finer = Random(scene.seed), 3 if scene.smooth else 1
@@ -285,13 +311,17 @@ def ask(scene: Scene, task: str, rng: Random) -> tuple[str, str] | None:
 
 
 def chat(
-    rng: Random, tasks: tuple[str, ...] = TASKS, turns: int = 3, emptiness: float = 0.05
+    rng: Random, tasks: tuple[str, ...] = TASKS, turns: int = 3, emptiness: float = 0.05, drawn: float = 0.0
 ) -> tuple[Scene, Image.Image, list[dict]]:
-    """A scene, its picture and a conversation about it; with the chance `emptiness` there are no shapes."""
-    if rng.random() < emptiness:
+    """A scene, its picture and a conversation about it; with the chance `emptiness` there are no shapes, with the
+    chance `drawn` it is a drawing."""
+    choice = rng.random()
+    if choice < emptiness:
         _, picture = random_emptiness(rng)
         scene = Scene((), (), *picture.size, 1, (0, 0, 0), 0, False, 0)
         tasks = ("describe", "count")
+    elif choice < emptiness + drawn:
+        scene, picture = drawn_scene(rng, rng.choice(((1, 1), (2, 4), (2, 4))))
     else:
         scene = random_scene(rng)
         picture = draw(scene)
