@@ -467,6 +467,7 @@ MAX_IMAGE_PIXELS = 256_000_000  # phones make 200 million
 MAX_IMAGE_SIDE = 65_535
 PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit (a global, 179 million pixels) is lifted
 MAX_DOWNLOAD_BYTES = 32 * 2**20
+MAX_STREAM_BYTES = 256 * 2**20
 DOWNLOAD_SECONDS = 30.0
 # From the scale in which a PNG file writes its transparent colour to that of the 8 bits that Pillow decodes to.
 TRANSPARENT_SCALE = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
@@ -496,24 +497,26 @@ def load_image(source: str | os.PathLike | bytes | BinaryIO | np.ndarray | Image
 
 def open_source(source: object) -> tuple[str, str | BinaryIO]:
     """A name for errors, of at most 200 characters, and what Pillow can open."""
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return "image bytes", io.BytesIO(source)
     if hasattr(source, "read"):
-        return "image file object", io.BytesIO(source.read(MAX_DOWNLOAD_BYTES + 1))
+        return "image file object", read_stream(source, "image file object")
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"an image must be a path, an address, bytes or a PIL image, not a {type(source).__name__}")
-    path = os.fspath(source)
+    path = os.fsdecode(source)
     name = path if len(path) <= 200 else f"{path[:200]}..."
     if path == "-":
-        return "standard input", io.BytesIO(sys.stdin.buffer.read(MAX_DOWNLOAD_BYTES + 1))
+        return "standard input", read_stream(getattr(sys.stdin, "buffer", io.BytesIO()), "standard input")
     scheme = re.match(r"(\w+://|data:)?", path.lower())[0]
     if scheme in ("http://", "https://"):
         return name, io.BytesIO(download(path))
     if scheme == "data:":
         header, _, payload = path.partition(",")
+        payload = "".join(urllib.parse.unquote(payload).split()).rstrip("=")  # as browsers read it
         with suppress(ValueError):
             if header.lower().endswith(";base64"):
-                return f"{header[:80]},...", io.BytesIO(base64.b64decode(payload, validate=True))
+                body = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+                return f"{header[:80]},...", io.BytesIO(body)
         raise ValueError(f"{header[:80]}: not a readable data address, expected data:image/...;base64,...")
     if scheme == "file://":
         path = urllib.request.url2pathname(path[7:].removeprefix("localhost"))
@@ -525,6 +528,21 @@ def open_source(source: object) -> tuple[str, str | BinaryIO]:
     if not os.path.isfile(path):
         raise ValueError(f"{name}: not a file, expected an image file")
     return name, path
+
+
+def read_stream(file: BinaryIO, name: str) -> BinaryIO:
+    """All of a file object, from its start where it can go back, as Pillow reads it; at most MAX_STREAM_BYTES."""
+    body = bytearray()
+    try:
+        if hasattr(file, "seekable") and file.seekable():
+            file.seek(0)
+        while len(body) <= MAX_STREAM_BYTES and (chunk := file.read(2**20)):  # which may give less than asked for
+            body += chunk
+    except Exception as error:  # file objects raise errors of many types
+        raise ValueError(f"{name}: cannot be read as a binary file ({reason(error)})") from error
+    if len(body) > MAX_STREAM_BYTES:
+        raise ValueError(f"{name}: more than the limit of {MAX_STREAM_BYTES} bytes")
+    return io.BytesIO(body)
 
 
 def open_image(file: str | BinaryIO, name: str) -> Image.Image:
@@ -808,8 +826,8 @@ def join_parts(parts: Sequence[dict], marker: str) -> tuple[str, list]:
         if kind in ("image", "image_url"):  # transformers' and OpenAI's
             sources = [part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
             sources = [source.get("url") if isinstance(source, dict) else source for source in sources]
-            if isinstance(part.get("base64"), str):
-                sources.append(f"data:image;base64,{part['base64']}")
+            if isinstance(code := part.get("base64"), str):
+                sources.append(code if code.startswith("data:") else f"data:image;base64,{code}")
             if len(sources) != 1:
                 raise ValueError("a part of type image must have one of image, path, url, image_url and base64")
             images += sources

@@ -3,10 +3,12 @@
 import base64
 import http.server
 import io
+import os
 import struct
 import threading
 import urllib.parse
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,19 +28,30 @@ def png(image: Image.Image = PICTURE) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["bytes", "file object", "array", "grey array", "data address", "file address", "home"]
-)
+    "kind",
+    ["bytes", "memory", "file object", "file at its end", "pipe", "array", "grey array", "file address", "home",
+     "path in bytes", "data address", "data in lines", "escaped data", "data without padding"],
+)  # fmt: skip
 def test_pictures_of_every_kind(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a b.png").write_bytes(png())
+    at_its_end, pipe, code = io.BytesIO(png()), io.BytesIO(png()), base64.b64encode(png()).decode()
+    at_its_end.seek(0, io.SEEK_END)  # as after Image.save
     source = {
         "bytes": png(),
+        "memory": memoryview(png()),
         "file object": io.BytesIO(png()),
+        "file at its end": at_its_end,
+        "pipe": SimpleNamespace(read=lambda size: pipe.read(min(size, 7))),
         "array": np.asarray(PICTURE),
         "grey array": np.asarray(PICTURE.convert("L")),
-        "data address": "data:image/png;base64," + base64.b64encode(png()).decode(),
+        "data address": "data:image/png;base64," + code,
+        "data in lines": "data:image/png;base64,\n" + base64.encodebytes(png()).decode(),
+        "escaped data": "DATA:image/png;charset=x;BASE64," + urllib.parse.quote(code, safe=""),
+        "data without padding": "data:;base64," + code.rstrip("="),
         "file address": (tmp_path / "a b.png").as_uri(),
         "home": "~/a b.png",
+        "path in bytes": next(os.scandir(os.fsencode(tmp_path))),
     }[kind]
     expected = PICTURE.convert("L").convert("RGB") if kind == "grey array" else PICTURE
     assert np.array_equal(load_image(source), expected)
@@ -51,12 +64,15 @@ def test_pictures_of_every_kind(kind, tmp_path, monkeypatch):
         "data:image/png," + "a" * 10**6,
         "x" * 10**6,
         "ftp://" + "x" * 10**6,
+        "http://localhost:1/" + "x" * 10**6,
+        io.StringIO("x" * 10**6),
+        SimpleNamespace(read=lambda size: 1 / 0),
         np.zeros((3, 4, 5, 6), dtype=np.uint8),
         np.zeros((3, 4)),
         b"no picture" * 10**5,
         5,
     ],
-    ids=["payload", "no base64", "path", "address", "dimensions", "dtype", "bytes", "number"],
+    ids="payload,no base64,path,address,no host,text file,broken file,dimensions,dtype,bytes,number".split(","),
 )
 def test_errors_do_not_repeat_their_input(source):
     with pytest.raises((ValueError, OSError)) as caught:
@@ -95,6 +111,7 @@ def test_parts_of_other_tools():
         {"type": "image_url", "image_url": {"url": address}},
         {"type": "image_url", "image_url": address},
         {"type": "image", "base64": base64.b64encode(png()).decode()},
+        {"type": "image", "base64": address},
     ):
         batch = tested([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
