@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import accumulate, cycle, groupby
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -802,10 +803,11 @@ def message_text(message: dict, marker: str, raw: bool) -> tuple[str, str, list]
     role = ROLES.get(str(message["role"]).strip("<|>").lower())
     if role is None:
         raise ValueError(f"role {repr(message['role'])[:80]}: expected user, assistant or system")
-    content, images = message["content"], message.get("images") or []
+    content, images = message["content"], message.get("images")
+    images = [] if images is None else images
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"the images of a message must be a list, even of one, not a {type(images).__name__}")
     if isinstance(content, str):
-        if not isinstance(images, (list, tuple)):
-            raise ValueError(f"the images of a message must be a list, even of one, not a {type(images).__name__}")
         text = content if raw else content.strip()
     elif isinstance(content, Sequence) and not images:
         text, images = join_parts(content, marker)
@@ -1052,9 +1054,9 @@ class Processor:
         texts = [text for _, text, _ in parsed]
         if not images or sum(text.count(marker) for text in texts) != len(images):
             texts = [text.replace(other, marker) for text in texts]  # the other generation's marker is taken as well
-        if not any(marker in text for text in texts):  # the pictures come first
+        if sum(text.count(marker) for text in texts) != len(images):  # in a message without marker, pictures come first
             first = f"{marker}\n" if self.is_vl2 else marker
-            texts = [first * len(found) + text for text, (_, _, found) in zip(texts, parsed)]
+            texts = [text if marker in text else first * len(own) + text for text, (*_, own) in zip(texts, parsed)]
         messages = [(role, text) for text, (role, _, _) in zip(texts, parsed)]
         if system is None and messages and messages[0][0] == "System":
             system = messages.pop(0)[1]
@@ -1106,14 +1108,15 @@ class Processor:
         repeats, inputs, length = [], [], len(tokens)
         self._check_length(length)
         for index, source in enumerate(sources):
-            image = load_image(source)
-            repeats.append(self.image_tokens(image.size, tiled))
-            length += repeats[-1] - 1
-            self._check_length(length)  # before pixels take memory
             try:
-                inputs.append(self.image_inputs(image, tiled)[0])
-            except ValueError as error:
-                raise ValueError(f"image {index + 1} of {len(sources)}: {reason(error)}") from None
+                image = load_image(source)
+                repeats.append(self.image_tokens(image.size, tiled))
+                length += repeats[-1] - 1
+                if length <= self.max_positions:  # before pixels take memory
+                    inputs.append(self.image_inputs(image, tiled)[0])
+            except (ValueError, OSError) as error:
+                raise ValueError(f"image {index + 1} of {len(sources)}: {reason(error)}") from error
+            self._check_length(length)
 
         ids, learnt, counts = torch.tensor(tokens), torch.tensor(flags), torch.ones(len(tokens), dtype=torch.long)
         counts[ids == self.image_token_id] = torch.tensor(repeats, dtype=torch.long)
@@ -1146,9 +1149,10 @@ class Processor:
             conversations = [conversations]
         if system is not None and not isinstance(system, str):
             raise ValueError(f"system is a {type(system).__name__}, expected a text")
+        found = f"a {type(conversations).__name__} without messages"
         conversations = list(conversations) if isinstance(conversations, Iterable) else []
-        if not conversations or isinstance(conversations[0], str):
-            raise ValueError("expected a conversation or a list of conversations, found an empty one")
+        if not conversations or isinstance(conversations[0], (str, int)):
+            raise ValueError(f"expected a conversation or a list of conversations, found {found}")
         if isinstance(conversations[0], dict):
             conversations = [conversations]
         rows = []
@@ -1207,9 +1211,10 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
         text: decoded with its special tokens; image_size: width and height in pixels.
     Raises: ValueError for an image size that is not positive.
     """
-    width, height = image_size
-    if not (1 <= width < math.inf and 1 <= height < math.inf):
-        raise ValueError(f"image_size is {image_size}, expected a positive width and height")
+    sides = tuple(image_size) if isinstance(image_size, Iterable) else ()
+    if len(sides) != 2 or not all(isinstance(side, Real) and 1 <= side <= MAX_COUNT for side in sides):
+        raise ValueError(f"image_size is {str(image_size)[:80]}, expected a positive width and height")
+    width, height = sides
     boxes, label = [], ""
     parts = re.split(r"<\|(/?ref|/?det)\|>", text)
     for tag, part in zip(parts[1::2], parts[2::2]):

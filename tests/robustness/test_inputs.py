@@ -129,6 +129,13 @@ def test_markers(name):
     assert f"{own}Is {other} a tag?" in prompt(f"{own}Is {other} a tag?", 1)
     assert f"{own}What?" in prompt(f"{other}What?", 1)
     assert prompt("What?", 2).count(own) == 2
+    turns = [{"role": "user", "content": f"{own}A?", "images": [PICTURE]}, {"role": "assistant", "content": "a"}]
+    for first, second, then in (("A?", "B?", f"{own}"), (f"{other}A?", "B?", f"{own}"), (f"{own}A?", f"{other}B?", "")):
+        turns[0]["content"] = first
+        talk = [*turns, {"role": "user", "content": second, "images": [PICTURE] * bool(then)}]
+        told = tested.prompt(talk)
+        assert told.count(own) == 1 + bool(then) and told.index(own) < told.index("A?")
+        assert f"User: {then}" in told.replace("<|User|>", "User").replace(f"{own}\n", own) and "B?" in told
     with pytest.raises(ValueError, match="the text has 1 image marker, but 2 images are given"):
         prompt(f"{other}What?", 2)
 
@@ -139,19 +146,32 @@ def test_conversations_of_other_shapes():
     expected = tested([message])["input_ids"]
     for same in (message, (message,), iter([message]), [[message]]):
         assert torch.equal(tested(same)["input_ids"], expected)
-    for wrong in (5, "Hello", [], [5], [message | {"images": 5}], [message | {"content": 5}]):
-        with pytest.raises(ValueError):
+    images = [5, iter([PICTURE]), np.asarray(PICTURE), torch.zeros(3, 4, 4), PICTURE, png(), "a.png", False]
+    for wrong in (5, None, "Hello", b"Hello", [], [5], [message | {"role": "x" * 10**6}], [message | {"content": 5}],
+                  *([message | {"images": value}] for value in images)):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
             tested(wrong)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     with pytest.raises(ValueError, match="system is a int, expected a text"):
         tested([message], system=5)
 
 
-def test_a_batch_names_the_conversation_and_picture_at_fault():
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (Image.new("RGB", (4000, 1)), "an image of 4000 x 1 pixels is too thin"),
+        (Image.new("1", (70_000, 1)), "image: 70000 x 1 pixels, over the limit"),
+        ("nowhere.png", "nowhere.png: no such image file"),
+        (png()[:60], "image bytes: damaged image data"),
+        (None, "an image must be a path"),
+    ],
+    ids=["thin", "large", "missing", "damaged", "none"],
+)
+def test_a_batch_names_the_conversation_and_picture_at_fault(picture, message):
     tested = Processor(golden("vl2-mla").folder)
-    thin = Image.new("RGB", (4000, 1))
     good = [{"role": "user", "content": "<image>a", "images": [PICTURE]}]
-    bad = [{"role": "user", "content": "<image><image>a", "images": [PICTURE, thin]}]
-    with pytest.raises(ValueError, match="conversation 2 of 2: image 2 of 2: an image of 4000 x 1 pixels is too thin"):
+    bad = [{"role": "user", "content": "<image><image>a", "images": [PICTURE, picture]}]
+    with pytest.raises(ValueError, match=f"conversation 2 of 2: image 2 of 2: {message}"):
         tested([good, bad])
 
 

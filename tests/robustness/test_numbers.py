@@ -57,7 +57,8 @@ def test_numpy_numbers_are_numbers():
 
 
 def test_boxes_of_no_image():
-    for size in ((float("inf"), 5), (0, 5), (float("nan"), 5)):
+    sides = [float("inf"), 0, float("nan"), 10**400, Decimal(5), "5", None, 1j, [5]]
+    for size in (*((side, 5) for side in sides), 5, None, (5,), (5, 5, 5), "55"):
         with pytest.raises(ValueError, match="image_size"):
             parse_boxes("<|det|>[[1, 2, 3, 4]]<|/det|>", size)
 
