@@ -476,7 +476,7 @@ class WeightFile:
         try:
             return self._tensor(name)
         except (SafetensorError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.path}: tensor {name} cannot be read ({reason(error)})") from None
+            raise ValueError(f"{self.path}: tensor {name[:200]} cannot be read ({reason(error)})") from None
 
 
 def names_of_tensors(pickled: Any) -> set[str]:
@@ -486,7 +486,7 @@ def names_of_tensors(pickled: Any) -> set[str]:
     for name, tensor in pickled.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or not isinstance(name, str):
-            raise ValueError(f"{name!r} is no ordinary tensor with a name")
+            raise ValueError(f"{repr(name)[:80]} is no ordinary tensor with a name")
     return set(pickled)
 
 
@@ -516,16 +516,16 @@ def open_shards(index: Path) -> dict[str, WeightFile]:
         raise ValueError(f"{index}: no weight_map, expected an object of tensor names and file names")
     files: dict[str, WeightFile] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: {name} is said to be in {shard!r}, expected a file name")
+        if not isinstance(shard, str) or Path(shard).name != shard[:200]:
+            raise ValueError(f"{index}: {name[:200]} is said to be in {repr(shard)[:80]}, expected a file name")
         if shard not in files:
             files[shard] = WeightFile(index.parent / shard)
         if name not in files[shard].names:
-            raise ValueError(f"{index.parent / shard}: lacks tensor {name}, which {index.name} promises")
+            raise ValueError(f"{index.parent / shard}: lacks tensor {name[:200]}, which {index.name} promises")
     stored = {name: file for file in files.values() for name in file.names}
     if stored.keys() != weight_map.keys():
         name = min(stored.keys() - weight_map.keys())
-        raise ValueError(f"{stored[name].path}: holds tensor {name}, which {index.name} does not list")
+        raise ValueError(f"{stored[name].path}: holds tensor {name[:200]}, which {index.name} does not list")
     return {name: files[shard] for name, shard in weight_map.items()}
 
 
@@ -533,7 +533,7 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
     """Raise ValueError that names the first tensor that is missing, unexpected, or of a wrong shape or dtype."""
 
     def listed(names: list[str]) -> str:
-        return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        return names[0][:200] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
     missing = sorted(expected.keys() - files.keys())
     if missing:
@@ -944,7 +944,7 @@ def load_model(
         raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
     if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"quantize is {repr(quantize)[:80]}, expected one of {', '.join(QUANTIZATIONS)}")
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     files = open_weights(folder)

@@ -51,7 +51,7 @@ from torch import Tensor
 def reason(error: Exception | str) -> str:
     """What went wrong, in one line."""
     if isinstance(error, KeyError):
-        return f"{error} is missing"
+        return f"{str(error)[:80]} is missing"
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 

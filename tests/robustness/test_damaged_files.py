@@ -46,21 +46,21 @@ CONFIGS = {
 }
 LLAMA, PROJECTOR = "language_config", "aligner_config.params"
 SIGLIP, SAM = "vision_config.params.low_res_cfg", "vision_config.params.high_res_cfg"
-NAN, INFINITY = float("nan"), float("inf")
+NAN, INFINITY, LONG = float("nan"), float("inf"), "9" * 10**6
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 GROUPS = {f"{LLAMA}.topk_method": "group_limited_greedy", f"{LLAMA}.n_group": 16, f"{LLAMA}.topk_group": 1}
 
 BAD_VALUES = {  # of each layout: keys, and values that the error names
     "official": {
-        "model_type": [ABSENT, "llava", ["llava"]], LLAMA: [[1]], "vision_config.cls": ["ViT"],
+        "model_type": [ABSENT, "llava", ["llava"], LONG], LLAMA: [[1]], "vision_config.cls": ["ViT"],
         f"{SIGLIP}.model_name": ["vit_h"], f"{SAM}.model_name": ["sam_h"], f"{SIGLIP}.select_layer": [-2],
         f"{PROJECTOR}.projector_type": ["linear", "mlp_gelu"], f"{PROJECTOR}.depth": [3],  # mlp_gelu: of the 1.3B
         f"{LLAMA}.rope_scaling": [{"type": "linear"}], f"{LLAMA}.rope_parameters": [{"rope_type": "yarn"}],
-        f"{LLAMA}.attention_bias": [True], f"{LLAMA}.hidden_act": ["gelu"], f"{LLAMA}.tie_word_embeddings": ["yes"],
-        f"{LLAMA}.vocab_size": [-5, 0, "64", 64.0, True, 10**400],
+        f"{LLAMA}.attention_bias": [True], f"{LLAMA}.hidden_act": ["gelu", LONG],
+        f"{LLAMA}.tie_word_embeddings": ["yes"], f"{LLAMA}.vocab_size": [-5, 0, "64", 64.0, True, 10**400, LONG],
         f"{LLAMA}.rope_theta": [NAN, INFINITY, "1", 10**400], f"{SIGLIP}.mlp_ratio": [INFINITY],
         f"{SAM}.global_attn_indexes": [[1, 4], [], [-1], "1, 3"], f"{SAM}.downsample_channels": [[32]],
-        f"{SAM}.pixel_mean": [[0.5], ["a", "b", "c"]], f"{SAM}.pixel_std": [[0, 1, 1]],
+        f"{SAM}.pixel_mean": [[0.5], ["a", "b", "c"], [0.5] * 10**5], f"{SAM}.pixel_std": [[0, 1, 1]],
     },
     "transformers": {
         "vision_config.model_type": ["clip"], "vision_config.hidden_act": ["relu"],
@@ -168,6 +168,7 @@ WRONG_TENSORS = {  # tensors changed, None taking one away: (changes, words)
     "one missing": ({NORM: None}, f"missing tensor {NORM}, expected shape [64]"),
     "two missing": ({NORM: None, QKV: None}, f"missing tensor {NORM} and 1 more, expected shape [64]"),
     "one extra": ({"language_model.norm": torch.ones(2)}, "unexpected tensor language_model.norm"),
+    "a long name": ({LONG: torch.ones(2)}, "unexpected tensor 999"),
     "almost unused": ({"vision_model.layer_norm.bias": torch.ones(2)}, "unexpected tensor vision_model.layer_norm"),
     "longer": ({NORM: torch.ones(65)}, f"model.safetensors: tensor {NORM} has shape [65], config.json says [64]"),
     "transposed": ({QKV: torch.ones(64, 192)}, f"{QKV} has shape [64, 192], config.json says [192, 64]"),
@@ -276,6 +277,7 @@ DAMAGED_BYTES = {
     "offsets beyond the data": lambda raw: edit_header(raw, data_offsets=[10**9, 10**9 + 128]),
     "offsets backwards": lambda raw: edit_header(raw, data_offsets=[128, 0]),
     "unknown dtype": lambda raw: edit_header(raw, dtype="F17"),
+    "a long dtype": lambda raw: edit_header(raw, dtype=LONG),
     "dtype of another width": lambda raw: edit_header(raw, dtype="F32"),
     "shape of other bytes": lambda raw: edit_header(raw, shape=[65]),
     "shape beyond any memory": lambda raw: edit_header(raw, shape=[2**62, 4, 64]),
@@ -335,6 +337,7 @@ BAD_PICKLES = {
     "a list": (lambda tensors: list(tensors.values()), "expected a dict of tensors, found"),
     "a dict inside": (lambda tensors: {"state_dict": tensors}, "'state_dict' is no ordinary tensor"),
     "a text": (lambda tensors: tensors | {"x": "ones"}, "'x' is no ordinary tensor"),
+    "a long name": (lambda tensors: tensors | {LONG: "ones"}, "'999"),
     "a number as a name": (lambda tensors: tensors | {3: torch.ones(3)}, "3 is no ordinary tensor with a name"),
     "a sparse tensor": (lambda tensors: tensors | {"x": torch.ones(3).to_sparse()}, "'x' is no ordinary tensor"),
     "no data": (lambda tensors: tensors | {"x": torch.ones(3, device="meta")}, "'x' is no ordinary tensor"),
@@ -374,6 +377,8 @@ BAD_INDEXES = {  # in the index's weight_map: (changes, words)
     "a file anywhere": ({"x": "/etc/passwd"}, "x is said to be in '/etc/passwd', expected a file name"),
     "the folder above": ({"x": ".."}, "no such file"),
     "a number": ({"x": 3}, "x is said to be in 3, expected a file name"),
+    "a long file": ({"x": LONG}, "x is said to be in '999"),
+    "a long name": ({LONG: SHARD}, f"{SHARD}: lacks tensor 999"),
 }
 
 

@@ -100,6 +100,7 @@ BAD = {
     "an id beyond any": (lambda spec: spec["model"]["vocab"].update(zzz=2**63), "whole number"),
     "one id for two": (lambda spec: spec["model"]["vocab"].update(zzz=5), "contradicts another token"),
     "a negative added id": (add_token(content="<new>", id=-1), "whole number"),
+    "a long token of a merge": (lambda spec: spec["model"]["merges"].append(["x" * 10**6, "y"]), "xxx.* is missing"),
     "an empty added token": (add_token(content="", id=500), "some text"),
     "a long added token of no id": (add_token(content="x" * 10**6, id="y" * 10**6), "some text"),
     "the id of another added token": (add_token(content="<new>"), "contradicts"),
