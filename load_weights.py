@@ -554,6 +554,8 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
             raise ValueError(f"{where} has shape {list(tensor.shape)}, config.json says {list(target.shape)}")
         if tensor.dtype not in target.dtypes:
             raise ValueError(f"{where} holds {tensor.dtype}, expected one of {target.dtypes}")
+        if tensor.dim() == 1 and not tensor.isfinite().all():  # a router's bias never reaches the logits
+            raise ValueError(f"{where} holds values that are not finite")
 
 
 # ---------------------------------------------------------------------------- how weights lie in memory
@@ -943,7 +945,7 @@ def load_model(
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
-    if quantize is not None and quantize not in QUANTIZATIONS:
+    if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantize is {repr(quantize)[:80]}, expected one of {', '.join(QUANTIZATIONS)}")
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
@@ -951,7 +953,9 @@ def load_model(
     if checkpoint_names("lm_head.weight", layout.names)[0] in files:  # then it is not tied, whatever the config says
         config = replace(config, language=replace(config.language, tie_word_embeddings=False))
     model = model_without_memory(config, files, folder)
-    stored = expect_stored_quantization(model, layout, files)
+    scales = {name: checkpoint_names(f"{name}.scales", layout.names)[0] for name in layers_to_quantize(model, "int8")}
+    scales = {name: files[their_name].read(their_name) for name, their_name in scales.items() if their_name in files}
+    stored = expect_quantization(model, scales)
     if stored and quantize not in (None, stored):
         raise ValueError(f"{folder}: holds {stored} weights, which cannot become {quantize}")
     chosen = set() if stored or quantize is None else set(layers_to_quantize(model, quantize))
@@ -1022,18 +1026,13 @@ def converted(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | N
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def expect_stored_quantization(model: DeepseekVL, layout: Layout, files: dict[str, WeightFile]) -> str | None:
-    """Put a QuantizedLinear where the files hold a layer's scales. Returns their kind, "int4" or "int8", or None.
+def expect_quantization(model: DeepseekVL, scales: dict[str, Tensor]) -> str | None:
+    """Put a QuantizedLinear without values where a layer has scales. Returns their kind, "int4" or "int8", or None.
 
-    The kind is that of the first scales; `check_tensors` refuses what does not fit it.
+    The kind is that of the first scales; comparing names and shapes then refuses what does not fit it.
     """
-    scales = {name: checkpoint_names(f"{name}.scales", layout.names)[0] for name in layers_to_quantize(model, "int8")}
-    stored = [name for name in scales if scales[name] in files]
-    if not stored:
-        return None
-    first = scales[stored[0]]
-    kind = "int8" if files[first].read(first).dim() == 1 else "int4"
-    for name in set(stored) & set(layers_to_quantize(model, kind)):
+    kind = next(("int8" if tensor.dim() == 1 else "int4" for tensor in scales.values()), None)
+    for name in scales.keys() & layers_to_quantize(model, kind) if kind else ():
         linear = model.get_submodule(name)
         with torch.device("meta"):
             model.set_submodule(name, QuantizedLinear.empty((linear.out_features, linear.in_features), kind))
@@ -1096,20 +1095,20 @@ def tensors_to_save(model: DeepseekVL, folder: Path, dtype: torch.dtype | None) 
     parameters = model.state_dict()
     with torch.device("meta"):
         fresh = DeepseekVL(model.config)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            fresh.set_submodule(name, module)
-    found = {name: "none" if tensor.is_meta else list(tensor.shape) for name, tensor in parameters.items()}
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    expect_quantization(fresh, {name: module.scales for name, module in quantized.items()})
+    plain = {name: tensor.layout == torch.strided and not tensor.is_meta for name, tensor in parameters.items()}
+    found = {name: list(tensor.shape) if plain[name] else "none" for name, tensor in parameters.items()}
     wanted = {name: list(tensor.shape) for name, tensor in fresh.state_dict().items()}
     for name in sorted(found.keys() | wanted.keys()):
         shape, expected = found.get(name, "none"), wanted.get(name, "none: a checkpoint has no place for it")
         if shape != expected:
             raise ValueError(f"tensor {name} of the model has shape {shape}, expected {expected}")
-    if not tied and model.lm_head.weight is model.language.embed_tokens.weight:  # in a file no tensors share memory
-        parameters["lm_head.weight"] = parameters["lm_head.weight"].clone()
-    tensors = {}
+    tensors, first = {}, {}
     for name, (target, tensor) in checkpoint_tensors(fresh, parameters, layout).items():
-        tensors[name] = converted(tensor, "cpu", dtype).contiguous()
+        tensor = converted(tensor, "cpu", dtype).contiguous()
+        tied_by_hand = first.setdefault(tensor.data_ptr(), name) != name  # in a file no tensors share memory
+        tensors[name] = tensor.clone() if tied_by_hand else tensor
         if tensors[name].dtype not in target.dtypes:
             raise ValueError(f"tensor {target.parameter} is {tensor.dtype}, expected one of {target.dtypes}")
         if not tensors[name].isfinite().all():
@@ -1136,8 +1135,9 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
     Raises: ValueError where `path` is already there, or lies in no folder, and as `save_model`.
     """
+    files = sorted(Path(source).iterdir())
     with new_folder(Path(path)) as folder:
-        for file in sorted(Path(source).iterdir()):
+        for file in files:
             describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
             if describes or file.name == "tokenizer.model":
                 shutil.copyfile(file, folder / file.name)

@@ -172,6 +172,8 @@ WRONG_TENSORS = {  # tensors changed, None taking one away: (changes, words)
     "almost unused": ({"vision_model.layer_norm.bias": torch.ones(2)}, "unexpected tensor vision_model.layer_norm"),
     "longer": ({NORM: torch.ones(65)}, f"model.safetensors: tensor {NORM} has shape [65], config.json says [64]"),
     "transposed": ({QKV: torch.ones(64, 192)}, f"{QKV} has shape [64, 192], config.json says [192, 64]"),
+    "no number": ({NORM: torch.full((64,), NAN)}, f"{NORM} holds values that are not finite"),
+    "infinite": ({NORM: torch.full((64,), -INFINITY)}, f"{NORM} holds values that are not finite"),
     "integers": ({NORM: torch.ones(64, dtype=torch.int16)}, f"{NORM} holds torch.int16, expected one of"),
     "eight bits": ({NORM: torch.ones(64).to(torch.float8_e4m3fn)}, f"{NORM} holds torch.float8_e4m3fn, expected"),
 }

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import assert_same_weights
 from conftest import ROOT, copy_checkpoint, golden, golden_model, run
 from torch import nn
 
 import load_weights
-from load_weights import PackedLinear, PackedQuantizedLinear, load_model, save_model
+from load_weights import PackedLinear, PackedQuantizedLinear, QuantizedLinear, load_model, save_checkpoint, save_model
 
 CHECKPOINT, IDS = ROOT / "demo/checkpoint", torch.arange(20)[None]
 
@@ -72,16 +73,36 @@ def norm_of(*values: float, dtype: torch.dtype = torch.float32):
     return change
 
 
+def sparse_norm(model) -> None:
+    model.language.norm.weight = nn.Parameter(model.language.norm.weight.data.to_sparse())
+
+
+def quantized(*layers: str, scales: torch.dtype = torch.float16):
+    """A change of a model: the first of these layers becomes int8, the second int4."""
+
+    def change(model) -> None:
+        for name, kind in zip(layers, ("int8", "int4")):
+            layer = QuantizedLinear.from_weight(model.get_submodule(name).weight, kind, torch.float16)
+            model.set_submodule(name, QuantizedLinear(layer.weight, layer.scales.to(scales)))
+
+    return change
+
+
 def wrap(model) -> None:
     model.language.layers[0].mlp.up_proj = Wrapped(model.language.layers[0].mlp.up_proj)
 
 
+UP, NEXT_UP, FC1 = "language.layers.0.mlp.up_proj", "language.layers.1.mlp.up_proj", "vision.blocks.0.mlp.fc1"
 UNWRITABLE = {  # a change of the model, or a dtype to save in: words
     "a LoRA": (wrap, r"tensor language.layers.0.mlp.up_proj.\S+ .*"),
     "too large": (norm_of(*[1e30] * 64), "language.norm.weight is not finite in torch.float16, nothing is written"),
     "no number": (norm_of(*[torch.nan] * 64), "tensor language.norm.weight is not finite in torch.float16"),
     "another shape": (norm_of(1, 1, 1), r"tensor language.norm.weight of the model has shape \[3\], expected"),
     "8 bits": (norm_of(*[1] * 64, dtype=torch.int8), "tensor language.norm.weight is torch.int8, expected one of"),
+    "sparse": (sparse_norm, "tensor language.norm.weight of the model has shape none, expected"),
+    "a tower in int8": (quantized(FC1), f"tensor {FC1}.bias of the model has shape none, expected"),
+    "int8 and int4": (quantized(UP, NEXT_UP), rf"tensor {NEXT_UP}.scales of the model has shape \[1, 160, 2\]"),
+    "whole scales": (quantized(UP, scales=torch.int32), f"tensor {UP}.scales is torch.int32, expected one of"),
     "no values": (lambda model: model.lm_head.to("meta"), "lm_head.weight of the model has shape none, expected"),
     **{str(dtype): (dtype, "dtype is .*, expected one of")
        for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn, "float16")},
@@ -101,15 +122,18 @@ def test_what_could_not_be_loaded_is_not_written(change, message, folder):
 
 
 def test_what_is_saved(folder):
-    """A head that was tied by hand, with the mode of other files; and no wrapper."""
+    """Weights that were tied by hand, with the mode of other files; and no wrapper."""
     model = load_model(folder)
     model.lm_head.weight = model.language.embed_tokens.weight
+    model.language.layers[2] = model.language.layers[1]
     (folder / "other").touch()
     save_model(model, folder)
-    assert torch.equal(load_model(folder).lm_head.weight, model.language.embed_tokens.weight)
+    assert_same_weights(load_model(folder), model)
     assert (folder / "model.safetensors").stat().st_mode == (folder / "other").stat().st_mode
     with pytest.raises(ValueError, match="a DataParallel is no DeepseekVL: save the model that it wraps"):
         save_model(nn.DataParallel(model), folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_checkpoint(model, folder / "nowhere", folder / "new")
 
 
 def test_a_disk_that_is_full(folder, monkeypatch):
