@@ -153,7 +153,7 @@ from load_weights import (
     pack,
     save_checkpoint,
 )
-from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts
+from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts, check_ids
 from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes, reason
 
 # ---------------------------------------------------------------------------- sampling
@@ -348,6 +348,8 @@ def answer(
     x, input_ids, mask = (batch.get(name) for name in ("inputs_embeds", "input_ids", "attention_mask"))
     if x is None and input_ids is None:
         raise ValueError("the batch has neither input_ids nor inputs_embeds")
+    if input_ids is not None:
+        check_ids("input_ids", input_ids, model.config.language.vocab_size, *("BT" if x is None else x.shape[:2]))
     (B, T), most = (input_ids if x is None else x).shape[:2], model.config.language.max_position_embeddings
     mask = torch.ones(B, T, dtype=torch.long) if mask is None else mask
     if not 0 < T <= most:

@@ -336,10 +336,8 @@ class KVCache:
         self.real = torch.zeros(batch_size, capacity, dtype=torch.bool, device=device)  # tokens that are no padding
         self.has_padding = False
         sizes = [(batch_size, heads, capacity, width) for heads, width in config.cached]
-        self.layers = [
-            LayerCache([torch.zeros(size, dtype=dtype, device=device) for size in sizes])
-            for _ in range(config.num_hidden_layers)
-        ]
+        layers = range(config.num_hidden_layers)
+        self.layers = [LayerCache([torch.zeros(size, dtype=dtype, device=device) for size in sizes]) for _ in layers]
 
     def reserve(self, rows: int, T: int, real: Tensor | None) -> Tensor | None:
         """Make room for T tokens a row. `length` moves when the decoder has fed them.
@@ -401,10 +399,8 @@ class Attention(nn.Module):
             bias: (B, 1, T, S), see `padded_bias`; None where causal attention over all S says it all.
         Returns: (B, T, D).
         """
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H, T, d), then (B, G, T, d) twice
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, d), then (B, G, T, d) twice
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, d)
@@ -543,9 +539,8 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # (tokens, E)
         scores = logits.softmax(dim=-1) if c.scoring_func == "softmax" else logits.sigmoid()  # (tokens, E)
-        preference = scores
-        if c.topk_method == "noaux_tc":  # the bias steers the choice, not the weights
-            preference = scores + self.e_score_correction_bias.float()
+        # The bias steers the choice, not the weights.
+        preference = scores + self.e_score_correction_bias.float() if c.topk_method == "noaux_tc" else scores
         if c.topk_method != "greedy":
             preference = self.within_best_groups(preference)
         experts = preference.topk(c.num_experts_per_tok, dim=-1).indices  # (tokens, K)
@@ -580,9 +575,8 @@ class MixtureOfExperts(nn.Module):
         D, e = config.hidden_size, config.experts
         self.gate = Router(config)
         self.experts = nn.ModuleList(SwiGLU(D, e.moe_intermediate_size) for _ in range(e.n_routed_experts))
-        self.shared_experts = None
-        if e.n_shared_experts:
-            self.shared_experts = SwiGLU(D, e.n_shared_experts * e.moe_intermediate_size)
+        shared = e.n_shared_experts * e.moe_intermediate_size
+        self.shared_experts = SwiGLU(D, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -616,13 +610,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LanguageConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        D = config.hidden_size
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.self_attn = (LatentAttention if config.latent else Attention)(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.has_experts(layer):
-            self.mlp = MixtureOfExperts(config)
-        else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(D, config.intermediate_size)
 
     def forward(self, x: Tensor, rope: Rope, bias: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); arguments as of `Attention`."""
@@ -670,10 +662,20 @@ class Output:
     loss: Tensor | None = None
 
 
-def check_size(name: str, pixels: Tensor, size: int) -> None:
-    """Raise ValueError for pixels that are not (images, 3, size, size)."""
-    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-        raise ValueError(f"{name} have shape {list(pixels.shape)}, expected [images, 3, {size}, {size}]")
+def check_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
+    """Raise ValueError for another shape; a text stands for any size."""
+    if tensor.dim() != len(shape) or any(n not in (size, str(n)) for n, size in zip(shape, tensor.shape)):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
+
+
+def check_ids(name: str, ids: Tensor, vocabulary: int, *shape: int | str) -> None:
+    """Raise ValueError for anything but integers of this shape, from 0 to vocabulary - 1."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is a {type(ids).__name__} {getattr(ids, 'dtype', '')}, expected a Tensor torch.int64")
+    check_shape(name, ids, *shape)
+    if ((ids < 0) | (ids >= vocabulary)).any():
+        reach = f"reach from {ids.min()} to {ids.max()}, expected 0 to {vocabulary - 1}"
+        raise ValueError(f"{name} {reach}; does the tokenizer fit?")
 
 
 class DeepseekVL(nn.Module):
@@ -732,13 +734,13 @@ class DeepseekVL(nn.Module):
         dtype, then = (next((p.dtype for p in part.parameters()), self.dtype) for part in (self.vision, self.aligner))
         if isinstance(self.vision, HybridTower):
             if high_pixels is None:
-                check_size("pixel_values", pixels, sizes.high.image_size)
+                check_shape("pixel_values", pixels, "images", 3, sizes.high.image_size, sizes.high.image_size)
                 high_pixels, pixels = self.vision.split(pixels)
-            check_size("high_res_pixel_values", high_pixels, sizes.high.image_size)
-            check_size("pixel_values", pixels, sizes.low.image_size)
+            check_shape("high_res_pixel_values", high_pixels, "images", 3, sizes.high.image_size, sizes.high.image_size)
+            check_shape("pixel_values", pixels, "images", 3, sizes.low.image_size, sizes.low.image_size)
             high, low = self.vision(high_pixels.to(self.device, dtype), pixels.to(dtype))
             return list(self.aligner(high.to(then), low.to(then)))
-        check_size("pixel_values", pixels, sizes.image_size)
+        check_shape("pixel_values", pixels, "images", 3, sizes.image_size, sizes.image_size)
         tokens = self.vision(pixels.to(dtype)).to(then)
         if isinstance(self.aligner, TileAligner):
             if images_spatial_crop is None:
@@ -758,10 +760,8 @@ class DeepseekVL(nn.Module):
         Returns: (B, T, D).
         Raises: ValueError for ids beyond the vocabulary, and where places and features differ in number.
         """
-        input_ids, largest = input_ids.to(self.device), self.config.language.vocab_size - 1
-        if ((input_ids < 0) | (input_ids > largest)).any():
-            low, high = input_ids.aminmax()
-            raise ValueError(f"input_ids reach from {low} to {high}, expected 0 to {largest}; does the tokenizer fit?")
+        check_ids("input_ids", input_ids, self.config.language.vocab_size, "B", "T")
+        input_ids = input_ids.to(self.device)
         embeddings = self.language.embed_tokens(input_ids)
         if images_seq_mask is None:
             if not len(features):
@@ -769,6 +769,7 @@ class DeepseekVL(nn.Module):
             if self.config.image_token_id is None:
                 raise ValueError("pixel_values need images_seq_mask: this model's config names no image token")
             images_seq_mask = input_ids == self.config.image_token_id
+        check_shape("images_seq_mask", images_seq_mask, *input_ids.shape)
         places, count = int(images_seq_mask.sum()), sum(len(feature) for feature in features)
         if places != count:
             found = f"{count} image features" if count else "no pixel_values"
@@ -795,8 +796,8 @@ class DeepseekVL(nn.Module):
             labels: (B, T), what each token should have been predicted as by the one before
                 it; -100 is ignored.
             logits_to_keep: compute logits only for that many tokens at the end; 0 for all.
-        Raises: ValueError for both or neither of input_ids and inputs_embeds, for a mask of
-            another shape than the tokens, and for labels without all logits.
+        Raises: ValueError for both or neither of input_ids and inputs_embeds, for a mask or labels of
+            another shape than the tokens, for ids beyond the vocabulary, and for labels without all logits.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -805,12 +806,13 @@ class DeepseekVL(nn.Module):
         if inputs_embeds is None:
             features = self.encode_images(pixel_values, high_res_pixel_values, images_spatial_crop)
             inputs_embeds = self.embed(input_ids, features, images_seq_mask)
-        x, D = inputs_embeds.to(self.device), self.config.language.hidden_size
-        if x.dim() != 3 or x.shape[2] != D:
-            raise ValueError(f"inputs_embeds have shape {list(x.shape)}, expected [B, T, {D}]")
+        x = inputs_embeds.to(self.device, self.dtype)
+        check_shape("inputs_embeds", x, "B", "T", self.config.language.hidden_size)
         B, T = x.shape[:2]
-        if attention_mask is not None and attention_mask.shape != (B, T):
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, expected {[B, T]}, as the tokens")
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, B, T)
+        if labels is not None:
+            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.language.vocab_size, B, T)
         real = None if attention_mask is None or attention_mask.all() else attention_mask.to(self.device).bool()
         places = torch.arange(T, device=self.device)
         if cache is not None:
@@ -822,9 +824,10 @@ class DeepseekVL(nn.Module):
         x = self.language(x, position_ids.to(self.device), bias, cache and cache.layers)
         if cache is not None:
             cache.length += T
-        logits, loss = self.lm_head(x[:, -logits_to_keep:]), None  # [-0:] is all of them
+        x = x[:, -logits_to_keep:].to(next(self.lm_head.parameters(), x).dtype)  # [-0:] is all of them
+        logits, loss = self.lm_head(x), None
         if labels is not None:
-            predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(self.device)
+            predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(self.device, torch.int64)
             loss = F.cross_entropy(predicted.float(), expected, ignore_index=-100)
         return Output(logits, loss)
 

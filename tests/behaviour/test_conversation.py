@@ -119,7 +119,7 @@ def test_from_embeddings_equals_from_ids(small_pair, kind):
 def test_embeddings_of_another_shape(small_pair):
     model = small_pair("siglip").ours
     for shape in ((1, 4, 47), (4, 48)):
-        with pytest.raises(ValueError, match=r"inputs_embeds have shape \[.*expected \[B, T, 48\]"):
+        with pytest.raises(ValueError, match=r"inputs_embeds has shape \[.*expected \[B, T, 48\]"):
             model(inputs_embeds=torch.zeros(shape))
     with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
         generate(model, {"attention_mask": torch.ones(1, 4)})

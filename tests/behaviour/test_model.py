@@ -44,7 +44,7 @@ WRONG_INPUTS = {
     "labels of few logits": ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "logits_to_keep must be 0"),
     "no place for an image": ({"input_ids": IDS, "pixel_values": PICTURE}, "36 image features for 0 image tokens"),
     "pixels of another size": ({"input_ids": IDS, "pixel_values": torch.ones(1, 3, 30, 30)},
-                               r"pixel_values have shape \[1, 3, 30, 30\], expected \[images, 3, 26, 26\]"),
+                               r"pixel_values has shape \[1, 3, 30, 30\], expected \[images, 3, 26, 26\]"),
     "places without pictures": ({"input_ids": IDS, "images_seq_mask": IDS > 0}, "no pixel_values for 5 image tokens"),
     "places that a mask gives": ({"input_ids": IDS, "pixel_values": PICTURE, "images_seq_mask": IDS > 0},
                                  "36 image features for 5 image tokens"),

@@ -28,12 +28,27 @@ def test_logits_that_are_not_finite_are_one_error(value, options, tmp_path):
         generate(load_model(folder, dtype=torch.float16), batch, max_new_tokens=4, **options)
 
 
-@pytest.mark.parametrize("id", [10**6, -1])
-def test_ids_beyond_the_vocabulary(id):
-    model = golden_model("vl-siglip")[0]
-    for call in (lambda ids: model(input_ids=ids), lambda ids: generate(model, {"input_ids": ids})):
-        with pytest.raises(ValueError, match="input_ids reach from .* expected 0 to"):
-            call(torch.tensor([[id]]))
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[10**6]], "reach from 1000000 to 1000000, expected 0 to 511"),
+        ([[-1]], "reach from -1 to -1, expected 0 to 511"),
+        ([[1.0]], "is a Tensor torch.float32, expected a Tensor torch.int64"),
+        ([1], r"has shape \[1\], expected \["),
+    ],
+    ids=["large", "negative", "floats", "one dimension"],
+)
+def test_ids_beyond_the_vocabulary(ids, message):
+    model, known, ids = golden_model("vl-siglip")[0], torch.tensor([[1]]), torch.tensor(ids)
+    embedded = model.embed(known).detach()
+    for name, call in (
+        ("input_ids", lambda: model(input_ids=ids)),
+        ("input_ids", lambda: generate(model, {"input_ids": ids})),
+        ("input_ids", lambda: generate(model, {"input_ids": ids, "inputs_embeds": embedded}, max_new_tokens=1)),
+        ("labels", lambda: model(input_ids=known, labels=ids)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            call()
 
 
 WHOLE = ("max_new_tokens", "top_k", "seed", "chunk_size")
@@ -68,9 +83,11 @@ def test_towers_of_another_dtype():
     for name in ("vl-hybrid", "vl2-mla"):
         model, processor = load_model(golden(name).folder, dtype=torch.bfloat16), golden_model(name)[1]
         batch = processor(golden(name).conversations[0])
-        for part in (model.vision, model.aligner):  # one of them, then both
+        for part in (model.vision, model.aligner, model.lm_head):  # one of them, then more
             part.float()
             assert len(generate(model, batch, max_new_tokens=2)[0]) == 2
+        embedded = {"inputs_embeds": model.embed(torch.tensor([[1, 2]])).float()}
+        assert len(generate(model, embedded, max_new_tokens=2)[0]) == 2
         model = load_model(golden(name).folder, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             labels = batch["input_ids"].masked_fill(batch["images_seq_mask"], -100)
