@@ -55,8 +55,8 @@ def tell(line: str) -> None:
 
 
 def fail(message: str):
-    """Print one `error:` line and end with status 2."""
-    tell(f"error: {' '.join(message.split())}")
+    """Print one `error:` line, of at most 1000 characters, and end with status 2."""
+    tell(f"error: {' '.join(message.split())}"[:1000])
     sys.exit(2)
 
 
@@ -64,8 +64,36 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str):
-        hint = "; pictures are given with --image" if message.startswith("unrecognized arguments: ") else ""
-        fail(message[:300] + hint)
+        words = message.partition("unrecognized arguments: ")[2]
+        fail(message[:300] + ("; pictures are given with --image" if words[:1] not in ("", "-") else ""))
+
+
+LARGEST = 2**63 - 1  # of torch's whole numbers
+OPTIONS = {  # of `generate`: a whole number or any, from where to where, and what else is valid
+    "max_new_tokens": (Integral, 1, LARGEST, ()),
+    "temperature": (Real, 1e-6, 1e9, (0,)),  # below, division overflows
+    "top_k": (Integral, 0, LARGEST, ()),
+    "top_p": (Real, 1e-9, 1, ()),
+    "repetition_penalty": (Real, 1e-6, 1e9, ()),
+    "seed": (Integral, 0, LARGEST, (None,)),
+    "chunk_size": (Integral, 1, LARGEST, (None,)),
+    "n": (Integral, 1, 2**31 - 1, ()),
+    "log_probs": (Integral, 0, LARGEST, (None,)),
+}
+
+
+def check_options(**options: object) -> None:
+    """Raise ValueError that names the first option out of its range, TypeError for one that is none."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise TypeError(f"unknown option {name}, expected one of {', '.join(OPTIONS)}")
+        kind, least, most, others = OPTIONS[name]
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        number = float(value) if fits and not isinstance(value, Integral) else value  # NumPy's may be narrow
+        if not (fits and least <= number <= most) and (isinstance(value, bool) or value not in others):
+            shown = "an int of many digits" if isinstance(value, int) and abs(value) > 10**99 else repr(value)[:80]
+            expected = " or ".join([f"from {least} to {most}", *map(str, others)])
+            raise ValueError(f"{name} is {shown}, expected a {'whole ' * (kind is Integral)}number {expected}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,11 +122,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(arguments)
+    args.options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    try:
+        check_options(**args.options)
+    except ValueError as error:
+        parser.error(str(error))
     greedy, reads_input = args.temperature == 0, "-" in (args.prompt, *args.image)
     wrong = {
+        "nothing to do: give --image, --prompt or both": args.prompt is None
+        and not (args.image or args.chat or args.save),
         "--prompt is not valid UTF-8": not is_utf8(args.prompt or ""),
         "--system is not valid UTF-8": not is_utf8(args.system or ""),
         "--system has no place in a --raw prompt": args.raw and args.system is not None,
+        "--stop is not valid UTF-8": not is_utf8("".join(args.stop)),
         "--stop needs a text": "" in args.stop,
         "--raw answers one question, not a --chat": args.chat and args.raw,
         "--boxes answers one question, not a --chat": args.chat and args.boxes is not None,
@@ -200,33 +236,6 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_p < 1:
         logits = keep_top_p(logits, top_p)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-
-
-LARGEST = 2**63 - 1  # of torch's whole numbers
-OPTIONS = {  # of `generate`: a whole number or any, from where to where, and what else is valid
-    "max_new_tokens": (Integral, 1, LARGEST, ()),
-    "temperature": (Real, 1e-6, 1e9, (0,)),  # below, division overflows
-    "top_k": (Integral, 0, LARGEST, ()),
-    "top_p": (Real, 1e-9, 1, ()),
-    "repetition_penalty": (Real, 1e-6, 1e9, ()),
-    "seed": (Integral, 0, LARGEST, (None,)),
-    "chunk_size": (Integral, 1, LARGEST, (None,)),
-    "n": (Integral, 1, LARGEST, ()),
-    "log_probs": (Integral, 0, LARGEST, (None,)),
-}
-
-
-def check_options(**options: object) -> None:
-    """Raise ValueError that names the first option out of its range, TypeError for one that is none."""
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise TypeError(f"unknown option {name}, expected one of {', '.join(OPTIONS)}")
-        kind, least, most, others = OPTIONS[name]
-        in_range = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-        if not in_range and value not in others:
-            shown = "an int of many digits" if isinstance(value, int) and abs(value) > 10**99 else repr(value)[:80]
-            expected = " or ".join([f"from {least} to {most}", *map(str, others)])
-            raise ValueError(f"{name} is {shown}, expected a {'whole ' * (kind is Integral)}number {expected}")
 
 
 # ---------------------------------------------------------------------------- generation
@@ -360,7 +369,8 @@ def answer(
         raise ValueError("a cache continues one conversation of input_ids: not inputs_embeds, a batch, or n above 1")
     if n > 1 and sampling.get("temperature", 0) == 0:
         raise ValueError(f"n is {n} at temperature 0, where all answers are the same")
-    if stop and (tokenizer is None or isinstance(stop, str) or not all(stop)):
+    are_texts = isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)
+    if stop and (isinstance(stop, str) or not are_texts or not isinstance(tokenizer, Tokenizer)):
         raise ValueError("stop is a list of texts that are not empty, and needs the tokenizer")
     steps = min(max_new_tokens, most - T + 1)
 
@@ -523,8 +533,8 @@ class TextStream:
         text = self.held + text
         found = [text.index(word) for word in self.stop if word in text]
         self.stopped |= bool(found)
-        starts = [text[-k:] for word in self.stop for k in range(1, len(word)) if text.endswith(word[:k])]
-        self.held = "" if found else max(starts, key=len, default="")
+        starts = (text[i:] for i in range(len(text)) if any(word.startswith(text[i:]) for word in self.stop))
+        self.held = "" if found else next(starts, "")
         return text[: min(found)] if found else text.removesuffix(self.held)
 
 
@@ -567,18 +577,19 @@ def matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def make_message(prompt: str | None, images: list[str], raw: bool = False) -> dict:
-    """The user's message; a prompt of "-" is read from standard input.
+    """The user's message; a prompt of "-" is read from standard input, and None asks to describe the images.
 
-    Raises: ValueError where there is nothing to ask, or an image that cannot be read.
+    Raises: ValueError for a prompt or an image that cannot be read.
     """
     if prompt is None:
-        if not images:
-            raise ValueError("nothing to do: give --image, --prompt or both")
         prompt = "" if raw else "Describe this image."
     if prompt == "-":
         if "-" in images:
             raise ValueError("--prompt and --image both read standard input, give a file for one")
+        sys.stdin.reconfigure(errors="surrogateescape")
         prompt = sys.stdin.read()
+        if not is_utf8(prompt):
+            raise ValueError("standard input is not valid UTF-8")
     return {"role": "user", "content": prompt, "images": [load_image(image) for image in images]}
 
 
@@ -615,8 +626,6 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Load, answer, report."""
-    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    check_options(**options)
     check_files(args)
     folder = DEMO if args.model is None else Path(args.model).expanduser()
     device = pick_device(args.device)
@@ -625,7 +634,7 @@ def run(args: argparse.Namespace) -> None:
     processor = Processor(folder)
     if args.boxes is not None and not processor.is_vl2:
         raise ValueError(f"--boxes needs a DeepSeek-VL2, {folder} is a DeepSeek-VL, which locates nothing")
-    asks = not args.chat and (args.prompt is not None or args.image or args.save is None)
+    asks = not args.chat and (args.prompt is not None or args.image)
     if asks:
         message = make_message(args.prompt, args.image, args.raw)
         batch = processor([message], system=args.system, raw=args.raw)
@@ -648,9 +657,9 @@ def run(args: argparse.Namespace) -> None:
         compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))
         lead = "\n" if sys.stderr.isatty() else ""  # from now on the answer's line may be open
     if args.chat:
-        chat(args, model, processor, pictures, options)
+        chat(args, model, processor, pictures, args.options)
     if asks:
-        answer = say_answer(args, model, processor, batch, options)
+        answer = say_answer(args, model, processor, batch, args.options)
     if args.boxes is not None:
         tell(save_boxes(Path(args.boxes), message["images"][-1], answer))
 

@@ -8,7 +8,7 @@ import torch
 from conftest import copy_checkpoint, golden, golden_model
 from safetensors.torch import load_file, save_file
 
-from generate import generate
+from generate import OPTIONS, TextStream, check_options, generate
 from load_weights import load_model
 from processor import parse_boxes
 
@@ -58,17 +58,38 @@ REAL = ("temperature", "top_p", "repetition_penalty")
 @pytest.mark.parametrize("name", WHOLE + REAL)
 def test_options_of_other_types_are_refused(name):
     model, processor = golden_model("vl-siglip")
-    for value in (10**400, -(10**5000), Decimal(1), "1", True, [1], 1j):
+    for value in (10**400, -(10**5000), Decimal(1), "1", True, False, [1], 1j):
         with pytest.raises(ValueError, match=f"^{name} is .*, expected ") as caught:
             generate(model, processor([HELLO]), **({"max_new_tokens": 1} | {name: value}))
         assert len(str(caught.value)) < 200
 
 
-def test_numpy_numbers_are_numbers():
+@pytest.mark.parametrize("stop", ["a", [""], ["a", 5], [b"a"], 5, iter(["a"]), [["a"]]], ids=str)
+def test_stop_texts_of_other_types_are_refused(stop):
     model, processor = golden_model("vl-siglip")
-    options = {name: np.int64(1) for name in WHOLE} | {name: np.float32(0.5) for name in REAL}
+    for tokenizer in (processor.tokenizer, None, processor):
+        with pytest.raises(ValueError, match="stop is a list of texts that are not empty, and needs the tokenizer"):
+            generate(model, processor([HELLO]), max_new_tokens=1, stop=stop, tokenizer=tokenizer)
+
+
+def test_a_long_stop_text_costs_little():
+    stream = TextStream(golden_model("vl-siglip")[1].tokenizer, ["x" * 10**7])
+    assert "".join(map(stream.push, range(100, 200))) + stream.finish()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("real", [np.float16, np.float32, np.float64])
+def test_numpy_numbers_are_numbers(real):
+    model, processor = golden_model("vl-siglip")
+    options = {name: np.int64(1) for name in WHOLE} | {name: real(0.5) for name in REAL}
     plain = {name: 1 for name in WHOLE} | {name: 0.5 for name in REAL}
     assert generate(model, processor([HELLO]), **options) == generate(model, processor([HELLO]), **plain)
+
+
+def test_the_limits_that_an_error_names_are_taken():
+    for name, (_, least, most, others) in OPTIONS.items():
+        for limit in (least, most, *others):
+            check_options(**{name: limit})
 
 
 def test_boxes_of_no_image():

@@ -28,9 +28,12 @@ def without_torch(tmp_path, then: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "arguments, status", [(["--help"], 0), (["--imag", "x", "--foo"], 2), (["--top-k", "5"], 2), (["--seed", "1"], 2)]
-)
-def test_help_and_wrong_options_do_not_wait_for_torch(arguments, status, tmp_path):
+    "arguments",
+    ["--help", "--imag x --foo", "--top-k 5", "--seed 1", "--temperature nan", "--max-new-tokens 0", "--chunk-size -1",
+     "--temperature 1 --top-p 2", "--repetition-penalty inf", "--save a", "", "--quiet"],
+)  # fmt: skip
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments, tmp_path):
+    arguments, status = arguments.split(), 2 * (arguments != "--help")
     done = run(GENERATE, *arguments, env=without_torch(tmp_path, "raise SystemExit('imported')"))
     assert done.returncode == status and "imported" not in done.stderr
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr) if status else done.stdout.startswith("usage:")
@@ -85,6 +88,9 @@ BAD_OPTIONS = [
     ([*ASK, "--model", ""], "--model '' is not there, expected a checkpoint folder"),
     ([*ASK, "--model", str(ROOT / "demo/checkpoint/config.json")], "is a file, expected a checkpoint folder"),
     (["--prompt", "\udcff\udcfe"], "--prompt is not valid UTF-8"),
+    (["--prompt", "a", "--stop", "\udcff"], "--stop is not valid UTF-8"),
+    ([*ASK, "--model", "a" * 10**5], "File name too long"),
+    ([*ASK, "--image", "x" * 10**5], "no such image file"),
     (["--prompt", "-", "--image", "-"], "--prompt and --image both read standard input, give a file for one"),
 ]
 
@@ -94,7 +100,14 @@ def test_errors_name_the_option(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         generate.main(arguments)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert end.value.code == 2 and message in error and error.count("\n") == 1 and len(error) < 1100
+
+
+def test_a_prompt_from_standard_input_that_is_no_text(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    with pytest.raises(SystemExit):
+        generate.main(["--prompt", "-"])
+    assert capsys.readouterr().err == "error: standard input is not valid UTF-8\n"
 
 
 def test_prompt_and_picture_from_standard_input(capsys, monkeypatch):
