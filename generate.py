@@ -14,12 +14,22 @@ are answered before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import os
+import signal
+
+
+def exit_at_interrupt() -> None:
+    """Ctrl-C ends the program in silence, with the status that the shell gives it, also while it imports or exits."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+if __name__ == "__main__":
+    exit_at_interrupt()  # before all other imports
+
 import argparse
 import codecs
 import json
 import math
-import os
-import signal
 import sys
 import time
 import timeit
@@ -157,11 +167,6 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def exit_at_interrupt() -> None:
-    """Ctrl-C ends the program in silence, with the status that the shell gives it, also while it imports or exits."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-
 def open_streams() -> None:
     """Give the program its streams where whoever started it has closed them; characters a stream lacks become "?"."""
     for name in ("stdout", "stderr"):
@@ -171,7 +176,6 @@ def open_streams() -> None:
 
 
 if __name__ == "__main__":
-    exit_at_interrupt()
     open_streams()
     ARGUMENTS = parse_arguments()
     note("starting", ARGUMENTS.quiet)
@@ -546,6 +550,13 @@ DEMO_NOTICE = (
     "of anything else, such as a photograph, means nothing"
 )
 
+
+def demo_notice(folder: Path) -> str:
+    """What to tell of a model in demo/; nothing of any other."""
+    folder = folder.resolve()
+    return DEMO_NOTICE.replace("checkpoint", folder.name) if folder.parent == DEMO.resolve().parent else ""
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -639,8 +650,8 @@ def run(args: argparse.Namespace) -> None:
         message = make_message(args.prompt, args.image, args.raw)
         batch = processor([message], system=args.system, raw=args.raw)
     pictures = [load_named(image) for image in args.image] if args.chat else []
-    if folder.resolve() == DEMO.resolve():
-        tell(DEMO_NOTICE)
+    if notice := demo_notice(folder):
+        tell(notice)
     kinds = [str(dtype).removeprefix("torch.")] + ([args.quantize] if args.quantize else [])
     loading = f" as {' and '.join(kinds)} on {device}: loading {folder}"
     model = load_model(

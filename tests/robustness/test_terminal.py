@@ -21,9 +21,9 @@ GENERATE, SCENE = ROOT / "generate.py", str(ROOT / "demo/images/scene.png")
 ASK = ["--prompt", "How many stars are there?", "--max-new-tokens", "3", "--dtype", "float32", "--device", "cpu"]
 
 
-def without_torch(tmp_path, then: str) -> dict[str, str]:
-    """An environment in which `import torch` runs `then`."""
-    (tmp_path / "torch.py").write_text(then)
+def without_torch(tmp_path, then: str, module: str = "torch") -> dict[str, str]:
+    """An environment in which `import torch`, or of another module, runs `then`."""
+    (tmp_path / f"{module}.py").write_text(then)
     return os.environ | {"PYTHONPATH": str(tmp_path)}
 
 
@@ -39,8 +39,9 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments, tmp_path):
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr) if status else done.stdout.startswith("usage:")
 
 
-def test_ctrl_c_while_importing_ends_in_silence(tmp_path):
-    environment = without_torch(tmp_path, "import time\nprint('importing', flush=True)\ntime.sleep(60)")
+@pytest.mark.parametrize("module", ["argparse", "torch"])
+def test_ctrl_c_while_importing_ends_in_silence(module, tmp_path):
+    environment = without_torch(tmp_path, "import time\nprint('importing', flush=True)\ntime.sleep(60)", module)
     process = subprocess.Popen(
         [sys.executable, GENERATE, *ASK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -54,6 +55,15 @@ def test_a_full_disk_for_messages_changes_nothing():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, GENERATE, *ASK], stdout=subprocess.PIPE, stderr=full)
     assert done.returncode == 0 and done.stdout
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "../demo/checkpoint/", "a link", "vl2"])
+def test_the_notice_of_the_demos_comes_by_any_name(name, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(ROOT / "demo/checkpoint")
+    folder = tmp_path / "link" if name == "a link" else ROOT / "demo" / name
+    generate.main([*ASK, "--model", str(folder)])
+    told = capsys.readouterr().err
+    assert f"the small model in demo/{'vl2' if name == 'vl2' else 'checkpoint'}, which knows" in told
 
 
 def test_warnings_are_no_part_of_the_first_command():
