@@ -75,7 +75,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         words = message.partition("unrecognized arguments: ")[2]
-        fail(message[:300] + ("; pictures are given with --image" if words[:1] not in ("", "-") else ""))
+        named = words[:1] not in ("", "-") and "--image" in self.format_usage()
+        fail(message[:300] + ("; pictures are given with --image" if named else ""))
 
 
 LARGEST = 2**63 - 1  # of torch's whole numbers

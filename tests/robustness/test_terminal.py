@@ -113,6 +113,14 @@ def test_errors_name_the_option(arguments, message, capsys):
     assert end.value.code == 2 and message in error and error.count("\n") == 1 and len(error) < 1100
 
 
+@pytest.mark.parametrize(
+    "script, word, hint", [("generate", "a", True), ("generate", "--a", False), ("demo/figures", "a", False)]
+)
+def test_only_a_picture_without_its_option_is_told_of_it(script, word, hint):
+    done = run(ROOT / f"{script}.py", word)
+    assert done.returncode == 2 and ("pictures are given with --image" in done.stderr) == hint
+
+
 def test_a_prompt_from_standard_input_that_is_no_text(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
     with pytest.raises(SystemExit):
