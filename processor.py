@@ -121,8 +121,8 @@ class Settings:
         values = [value] if len(default) == 1 and key in self.values else value
         fits = isinstance(values, (list, tuple)) and len(values) == len(default)
         if not fits or not all(type(number) in (int, kind) and least <= number <= most for number in values):
-            name = "an integer" if kind is int else "a number" if len(default) == 1 else f"{len(default)} numbers"
-            self.refuse(key, f"{name} from {least} to {most}")
+            one, several = ("an integer", "integers") if kind is int else ("a number", "numbers")
+            self.refuse(key, f"{one if len(default) == 1 else f'{len(default)} {several}'} from {least} to {most}")
         return tuple(values)
 
 

@@ -59,7 +59,7 @@ BAD_VALUES = {  # of each layout: keys, and values that the error names
         f"{LLAMA}.attention_bias": [True], f"{LLAMA}.hidden_act": ["gelu", LONG],
         f"{LLAMA}.tie_word_embeddings": ["yes"], f"{LLAMA}.vocab_size": [-5, 0, "64", 64.0, True, 10**400, LONG],
         f"{LLAMA}.rope_theta": [NAN, INFINITY, "1", 10**400], f"{SIGLIP}.mlp_ratio": [INFINITY],
-        f"{SAM}.global_attn_indexes": [[1, 4], [], [-1], "1, 3"], f"{SAM}.downsample_channels": [[32]],
+        f"{SAM}.global_attn_indexes": [[1, 4], [], [-1], "1, 3"],
         f"{SAM}.pixel_mean": [[0.5], ["a", "b", "c"], [0.5] * 10**5], f"{SAM}.pixel_std": [[0, 1, 1]],
     },
     "transformers": {
@@ -82,6 +82,7 @@ BAD_SIZES = [  # layout, changes that do not fit each other or cannot be, words
     ("official", {f"{LLAMA}.num_key_value_heads": 3}, "4 attention heads cannot share 3 key/value heads evenly"),
     ("official", {f"{LLAMA}.head_dim": 15}, "heads of 15 values cannot be rotated in pairs"),
     ("official", {f"{LLAMA}.num_attention_heads": 100}, "head"),
+    ("official", {f"{SAM}.downsample_channels": [32]}, "downsample_channels is [32], expected 2 integers from 1 to"),
     ("official", {f"{LLAMA}.rope_theta": 1e-41}, "rope_theta"),  # finite at place 1, but not at 4096
     ("VL2", {"vision_config.width": 1024}, "input_dim is 1152, expected 1024"),
     ("VL2", {f"{LLAMA}.n_group": 3}, "in 3 groups, do not fit 64 experts"),
