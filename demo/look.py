@@ -34,12 +34,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from generate import (
     DEMO,
-    DEMO_NOTICE,
     DTYPES,
     Parser,
     TextStream,
     check_options,
     choose,
+    demo_notice,
     fail,
     make_message,
     note,
@@ -443,8 +443,8 @@ def run(args) -> None:
     check_options(max_new_tokens=args.max_new_tokens)
     device = pick_device(args.device)
     processor, message = Processor(args.model), make_message(args.prompt, args.image)
-    if args.model.resolve() == DEMO.resolve():
-        tell(DEMO_NOTICE)
+    if notice := demo_notice(args.model):
+        tell(notice)
     model = load_model(args.model, dtype=pick_dtype(args.dtype, device), device=device, pack=True)
     seen = look(model, processor, message, args.max_new_tokens)
     if seen.steps[-1].id not in model.config.end_token_ids:

@@ -148,7 +148,7 @@ def run(args: Namespace) -> None:
         args.model, dtype=generate.pick_dtype(args.dtype, device), device=device, quantize=args.quantize, pack=True,
         tokenizer=processor.tokenizer, progress=lambda share: generate.note(f"{share:.0%} of {args.model} loaded"),
     )  # fmt: skip
-    notice = f"{generate.DEMO_NOTICE.capitalize()}." if args.model.resolve() == DEMO / "checkpoint" else ""
+    notice = generate.demo_notice(args.model).capitalize()
     page = build_page(Chat(model, processor, args.chunk_size), "DeepSeek-VL", notice)
     page.launch(
         server_name=args.host, server_port=args.port, share=False, max_file_size=MAX_DOWNLOAD_BYTES,

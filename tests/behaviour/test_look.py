@@ -228,6 +228,9 @@ def test_the_command_writes_page_and_picture(tmp_path, demo, monkeypatch, run_he
     page = data_of((tmp_path / "look.html").read_text(encoding="utf-8"))
     assert [token["text"] for token in page["tokens"]] == [token["text"] for token in data_of(demo.page)["tokens"]]
     assert load_image(tmp_path / "look.png").width > 900
+    other = run_here(look, *question, "--png", "vl2.png", "--model", DEMO / "vl2", "--max-new-tokens", 2)
+    for done, name in ((result, "checkpoint"), (other, "vl2")):
+        assert f"asking the small model in demo/{name}, which knows" in done.err
 
 
 BAD_INPUT = {

@@ -39,6 +39,17 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, capsys):
     assert_refused(done, "error: the page needs Gradio: pip install gradio\n")
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "vl2"])
+def test_the_page_says_that_the_model_is_small(name, monkeypatch, capsys):
+    def build_page(chat, title: str, notice: str):
+        raise ValueError(notice)
+
+    monkeypatch.setattr(web, "gr", web)
+    monkeypatch.setattr(web, "build_page", build_page)
+    done = run_command(web.main, ["--port", free_port(), "--model", DEMO / name], capsys)
+    assert_refused(done, f"Asking the small model in demo/{name}, which knows drawn shapes")
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
