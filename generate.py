@@ -79,8 +79,8 @@ class Parser(argparse.ArgumentParser):
         fail(message[:300] + ("; pictures are given with --image" if named else ""))
 
 
-LARGEST = 2**63 - 1  # of torch's whole numbers
-OPTIONS = {  # of `generate`: a whole number or any, from where to where, and what else is valid
+LARGEST = 2**63 - 1  # of int64
+OPTIONS = {  # of `generate`: type, least, most, other valid values
     "max_new_tokens": (Integral, 1, LARGEST, ()),
     "temperature": (Real, 1e-6, 1e9, (0,)),  # below, division overflows
     "top_k": (Integral, 0, LARGEST, ()),
@@ -125,7 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="of what is not quantized (default: the device's fastest)")
-    add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits: smaller, faster")
+    add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits: smaller; faster on a CPU")
     add("--save", metavar="DIR", help="with --quantize: write the result to this new folder, for --model the next time")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action="store_true", help="compile decode steps: slow start, faster steps (CPU: with --quantize)")
@@ -303,7 +303,7 @@ class ConversationCache:
         places = ids == model.config.image_token_id if places is None else places
         keys = (key for key in pictures for _ in self.features[key])
         tokens = [(id, next(keys) if image else None) for id, image in zip(ids[0].tolist(), places[0].tolist())]
-        held = self.tokens[: min(self.kv.length, len(tokens) - 1)]  # the last token's logits are needed
+        held = self.tokens[: min(self.kv.length, len(tokens) - 1)]  # at least one is fed, for its logits
         same = next((i for i, (new, old) in enumerate(zip(tokens, held)) if new != old), len(held))
         self.tokens, self.kv.length, self.reused = tokens, same, same
         self.features = {key: self.features[key] for key in pictures}  # those of pictures that are gone are freed
@@ -369,9 +369,11 @@ def answer(
     if not 0 < T <= most:
         raise ValueError(f"the prompt has {T} tokens, the model's context holds {most}" if T else "the prompt is empty")
     if mask.shape != (B, T) or not mask[:, -1].all():
-        raise ValueError(f"attention_mask of shape {list(mask.shape)}: expected {[B, T]}, the padding on the left")
+        raise ValueError(f"attention_mask of shape {list(mask.shape)}: expected {[B, T]}, without padding at the end")
     if cache is not None and (x is not None or B * n > 1):
         raise ValueError("a cache continues one conversation of input_ids: not inputs_embeds, a batch, or n above 1")
+    if cache is not None and cache.kv.fixed_shape != model.fixed_shape_steps:
+        raise ValueError("the cache was made before compile_steps, make a new one")
     if n > 1 and sampling.get("temperature", 0) == 0:
         raise ValueError(f"n is {n} at temperature 0, where all answers are the same")
     are_texts = isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)
@@ -452,27 +454,35 @@ class CompiledSteps:
         self.decoder, self.failed, self.works = model.language, failed, True
         self.graph, self.graph_of, self.inputs, self.output = None, None, [], None
         modules, options = [*model.language.layers], None
-        if model.device.type == "cuda":  # there for one row products become sums, which read a weight as it is stored
+        if model.device.type == "cuda":  # with this option the product of one row is a sum that reads int8 as int8
             modules, options = [*modules, model.lm_head], {"coordinate_descent_tuning": True}
+            # Experts are chosen on the host, which a graph cannot record.
             if not any(isinstance(module, MixtureOfExperts) for module in model.language.modules()):
                 model.language.forward = self.replay
-        compiled = {kind: torch.compile(kind.forward, dynamic=False, options=options) for kind in map(type, modules)}
+        compiled = {kind: torch.compile(kind.forward, dynamic=False, options=options) for kind in {*map(type, modules)}}
         for module in modules:
             module.forward = partial(self.call, module, compiled[type(module)])
 
-    def call(self, module: nn.Module, compiled: Callable, x: Tensor, *arguments) -> Tensor:
+    def call(self, module: nn.Module, compiled: Callable, x: Tensor, *arguments, **options) -> Tensor:
         """The module's `forward`."""
         if self.works and x.shape[1] == 1:
             try:
-                return compiled(module, x, *arguments)
+                return compiled(module, x, *arguments, **options)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # of dynamo, of inductor, of the C++ compiler
-                self.works = False
-                self.failed(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
-        return type(module).forward(module, x, *arguments)
+                self.give_up(error)
+        return type(module).forward(module, x, *arguments, **options)
 
-    def replay(self, x: Tensor, position_ids: Tensor, bias: Tensor | None, caches: list[LayerCache] | None) -> Tensor:
-        """`Decoder.forward`. A graph reads where its tensors lay, so a step's are copied there."""
-        if not self.works or caches is None or x.shape[1] > 1:
+    def give_up(self, error: Exception) -> None:
+        self.works = False
+        self.failed(reason(error))
+
+    def replay(
+        self, x: Tensor, position_ids: Tensor, bias: Tensor | None = None, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """`Decoder.forward`. A graph reads fixed addresses, so each step's inputs are copied there."""
+        if not self.works or caches is None or bias is None or x.shape[1] > 1:
             return Decoder.forward(self.decoder, x, position_ids, bias, caches)
         step = (x, position_ids, bias, caches[0].places)
         graph_of = (x.shape, bias.shape, *(tensor.data_ptr() for cache in caches for tensor in cache.tensors))
@@ -480,13 +490,17 @@ class CompiledSteps:
             self.inputs, self.graph_of = [tensor.clone() for tensor in step], None
             for cache in caches:
                 cache.places = self.inputs[3]
-            for _ in range(2):  # compiles, and takes memory that must be there before
+            for _ in range(2):  # compiles, and allocates workspaces, neither of which can be recorded
                 self.output = Decoder.forward(self.decoder, *self.inputs[:3], caches)
             if not self.works:
                 return self.output
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = Decoder.forward(self.decoder, *self.inputs[:3], caches)
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.output = Decoder.forward(self.decoder, *self.inputs[:3], caches)
+            except RuntimeError as error:
+                self.give_up(error)
+                return Decoder.forward(self.decoder, x, position_ids, bias, caches)
             self.graph_of = graph_of
         for tensor, new in zip(self.inputs, step):
             tensor.copy_(new)
@@ -507,7 +521,7 @@ def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reas
         CompiledSteps(model, failed)
         model.fixed_shape_steps = True
     except (RuntimeError, AttributeError) as error:  # of a torch too old, or for too new a Python
-        failed(str(error))
+        failed(reason(error))
 
 
 class TextStream:

@@ -738,7 +738,7 @@ class PackedLinear(Packed):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both bfloat16."""
-        one = len(rows) == 1  # as four equal rows it is faster: for one row, oneDNN uses no blocks
+        one = len(rows) == 1  # repeated four times: for one row oneDNN uses no blocks
         rows = rows.expand(4, -1).contiguous() if one else rows
         out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return out[:1] if one else out
@@ -869,14 +869,15 @@ def int4_layout_is_known() -> bool:
 def packing_pays() -> bool:
     """Whether this CPU multiplies one row by a packed bfloat16 weight faster than by a plain one: a short race.
 
-    A Zen 4 does, in half the time. On a Xeon with AMX steps with packed weights took 1.4 times as long.
+    A Zen 4 does, in half the time. On a Xeon with AMX steps with packed weights took 1.4 times as long. Call it only
+    where `PackedLinear.suits` a layer.
     """
-    plain = nn.utils.skip_init(nn.Linear, 2048, 8192, bias=False, dtype=torch.bfloat16)  # 32 MiB, so that it is read
+    plain = nn.utils.skip_init(nn.Linear, 8192, 8192, bias=False, dtype=torch.bfloat16)  # 128 MiB, beyond most caches
     nn.init.ones_(plain.weight)
-    row = torch.ones(1, 2048, dtype=torch.bfloat16)
+    row = torch.ones(1, 8192, dtype=torch.bfloat16)
     with torch.inference_mode():
         packed, unpacked = (
-            min(timeit.repeat(lambda layer=layer: layer(row), number=1, repeat=8))
+            min(timeit.repeat(lambda layer=layer: layer(row), number=1, repeat=4))
             for layer in (PackedLinear(plain), plain)
         )
     return packed < unpacked
@@ -902,7 +903,7 @@ def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
     Linear layers become `PackedLinear` (bfloat16 on a CPU) or `PackedQuantizedLinear` (int8 and int4), which can
-    neither learn nor be saved. Layers that no kernel of this machine can do stay as they are.
+    neither learn nor be saved. Layers that no kernel of this machine can do, or do faster so, stay as they are.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))
@@ -943,7 +944,7 @@ def load_model(
     try:
         device = torch.empty(0, device=torch.device(device)).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {device} is not to be had here ({str(error).splitlines()[0][:200]})") from None
+        raise ValueError(f"device {device} is not available here ({str(error).splitlines()[0][:200]})") from None
     layout, config = read_layout_and_config(folder, tokenizer)
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantize is {repr(quantize)[:80]}, expected one of {', '.join(QUANTIZATIONS)}")
@@ -977,11 +978,11 @@ def load_model(
         if name in chosen:
             module = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
         else:
-            later = pack and isinstance(module, nn.Linear) and device.type == "cpu"  # packing converts it
-            tensors = {key: converted(tensor, device, None if later else dtype) for key, tensor in tensors.items()}
+            now = None if pack and isinstance(module, nn.Linear) and device.type == "cpu" else dtype  # else by packing
+            tensors = {key: converted(tensor, device, now) for key, tensor in tensors.items()}
             module.load_state_dict(tensors, strict=False, assign=True)
         if pack:
-            module = packed(name, module, dtype, None if name == "lm_head" else workspace)  # which stays small
+            module = packed(name, module, dtype, None if name == "lm_head" else workspace)  # the head would enlarge it
         model.set_submodule(name, module.to(dtype))
         done += sum(map(len, parameters.values()))
         if progress is not None:

@@ -192,7 +192,7 @@ MODELS = {
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean is subtracted, no bias added. (Torch divides in float32.)"""
+    """x / sqrt(mean(x^2) + eps) * weight: no mean is subtracted, no bias added. (Torch computes in float32.)"""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -303,7 +303,7 @@ class LayerCache:
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
-        self.places: slice | Tensor = slice(0)  # where the tokens fed now go
+        self.places: slice | Tensor = slice(0)  # where the tokens fed now go: `KVCache.reserve` says it
         self.seen = 0  # how many places they attend to
 
     def append(self, *new: Tensor) -> list[Tensor]:
@@ -321,8 +321,8 @@ class KVCache:
 
     Memory for `capacity` tokens is taken once, so no step copies what is there. The next token goes to
     place `length`, in every row of the batch: shorter rows are padded on the left. A smaller `length`
-    forgets the tokens behind it. The 7B caches
-    30 layers x 2 x 32 heads x 128 = 245,760 values a token, VL2 small 27 x 576 = 15,552.
+    forgets the tokens behind it. The 7B caches 30 layers x 2 x 32 heads x 128 = 245,760 values a
+    token, VL2 small 27 x 576 = 15,552.
 
     With `fixed_shape`, a step of one token attends to all places, and a bias hides those not yet
     written. Then nothing but values changes from step to step, as compiled code needs it.
@@ -344,7 +344,7 @@ class KVCache:
 
         Args:
             real: bool (rows, T), False for padding; None where nothing is.
-        Returns: bool (B, S), which of the keys to attend to are tokens; None where causal attention says it all.
+        Returns: bool (B, S), which of the keys to attend to are tokens; None where nothing is padding.
         Raises: ValueError where the tokens do not fit, or are of another number of rows.
         """
         end = self.length + T
@@ -396,7 +396,7 @@ class Attention(nn.Module):
         """
         Args:
             x: (B, T, D); rope: cos and sin, (B, 1, T, d / 2), of x's dtype.
-            bias: (B, 1, T, S), see `padded_bias`; None where causal attention over all S says it all.
+            bias: (B, 1, T, S), see `padded_bias`; None where nothing is padding: attention is causal.
         Returns: (B, T, D).
         """
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -471,7 +471,7 @@ class LatentAttention(nn.Module):
             into and out of the latent space   S R (nope + v)         T R (nope + v)
             attention                          T S (nope + rope + v)  T S (2 R + rope)
 
-        So a decode step is absorbed, and a prompt expanded. (What fills v up to the keys' width is not counted.)
+        So a decode step is absorbed, and a prompt expanded. (The zeros that pad v are not counted.)
         """
         R, nope_and_v = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
         return T * S * (2 * R - nope_and_v) < (S - T) * R * nope_and_v
@@ -526,7 +526,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config.experts
         self.weight = random_parameter(self.config.n_routed_experts, config.hidden_size)
-        if self.config.topk_method == "noaux_tc":  # raises the scores of experts that got too few tokens
+        if self.config.topk_method == "noaux_tc":  # learnt: above zero for experts that got too few tokens
             self.e_score_correction_bias = nn.Parameter(torch.zeros(self.config.n_routed_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

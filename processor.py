@@ -752,12 +752,12 @@ def best_resolution(size: tuple[int, int], candidates: Sequence[Sequence[int]]) 
     """
     width, height = size
 
-    def kept_and_waste(candidate: Sequence[int]) -> tuple[int, int]:
+    def kept_and_unused(candidate: Sequence[int]) -> tuple[int, int]:
         scale = min(candidate[0] / width, candidate[1] / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - candidate[0] * candidate[1]
+        return kept, kept - candidate[0] * candidate[1]  # the pixels left empty, below zero
 
-    return tuple(max(candidates, key=kept_and_waste))
+    return tuple(max(candidates, key=kept_and_unused))
 
 
 def cut_tiles(image: Image.Image, resolution: tuple[int, int], settings: PixelSettings) -> list[Image.Image]:
@@ -1143,7 +1143,8 @@ class Processor:
         base models, a conversation is one message, whose text follows the begin token as it is, and is all learnt.
 
         Raises ValueError where image markers and images differ in number, where a prompt is longer
-        than the model's context, and where a conversation or an image cannot be read.
+        than the model's context, where a conversation or an image cannot be read, and where labels
+        are wanted of conversations without an answer.
         """
         if isinstance(conversations, dict):  # a message alone
             conversations = [conversations]
@@ -1173,6 +1174,8 @@ class Processor:
             batch["labels"] = pad_left(targets, IGNORED)
             # A begin token after padding is not learnt: only padding precedes it.
             batch["labels"][:, 1:].masked_fill_(batch["attention_mask"][:, :-1] == 0, IGNORED)
+            if (batch["labels"] == IGNORED).all():
+                raise ValueError("labels: no conversation has an answer to learn from")
         images = [tensors for row in inputs for tensors in row]
         return batch | {key: torch.cat([tensors[key] for tensors in images]) for key in (images[0] if images else ())}
 

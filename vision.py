@@ -112,7 +112,7 @@ def fast_attention(
     """`attention` without all attention weights (T x S a head) in memory. The bias must be the same for all heads.
 
     Torch's fused kernel, except where `attention` is faster on a CPU, a few heads at a time (measured on a Zen 4):
-        one query (a decode step)                  in float32: a third of fused's time in bfloat16
+        one query (a decode step)                  computed in float32: a third of fused's time in bfloat16
         bfloat16, neither causal nor with a bias   (SigLIP): two thirds of fused's time
     A prompt, padded or not, takes the fused kernel. So do inputs that learn: `attention` keeps all weights for a
     gradient.
@@ -123,12 +123,12 @@ def fast_attention(
     if q.device.type == "cpu" and not learns and (T == 1 or narrow):
         dtype = torch.promote_types(q.dtype, torch.float32) if T == 1 else q.dtype
         queries = q.reshape(B, G, H // G * T, -1)  # at T = 1 the H / G queries of a key head become its rows
-        heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))  # of keys, for one query
-        heads = G if torch.compiler.is_compiling() else 2 ** (heads.bit_length() - 1)  # equal shares for the cores
+        heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))  # a block: its keys, or its scores
+        heads = G if torch.compiler.is_compiling() else 2 ** (heads.bit_length() - 1)  # equal blocks, for the cores
         parts = zip(*(t.split(heads, dim=1) for t in (queries, k, v)))
         out = [attention(*(t.to(dtype) for t in part), bias, scale=scale) for part in parts]
         return torch.cat(out, dim=1).to(q.dtype).view(B, H, T, -1)
-    if causal and 1 < T < S:
+    if causal and 1 < T < S:  # the kernel's own mask would let the first query see the first key alone
         bias = causal_bias(T, S, q)
     fused, is_causal = F.scaled_dot_product_attention, causal and 1 < T == S
     return fused(q, k, v, bias, is_causal=is_causal, scale=scale, enable_gqa=H != G)
@@ -275,7 +275,7 @@ class SAMAttention(nn.Module):
     In the positions' terms the query is not scaled.
     """
 
-    attend = staticmethod(attention)
+    attend = staticmethod(attention)  # DeepseekVL leaves it: here the work is in blocks already
 
     def __init__(self, width: int, heads: int, grid: int):
         super().__init__()
@@ -294,9 +294,10 @@ class SAMAttention(nn.Module):
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # 3 x (B, H, N, d)
         grid = q.unflatten(2, (g, g))  # (B, H, g, g, d)
+        # Of each query, for the keys' rows (B, H, g, g, g, 1) and columns (B, H, g, g, 1, g).
         by_row = torch.einsum("bhyxd,ykd->bhyxk", grid, relative_positions(self.rel_pos_h))[..., :, None]
         by_column = torch.einsum("bhyxd,xkd->bhyxk", grid, relative_positions(self.rel_pos_w))[..., None, :]
-        rows, out = max(1, SCORES_AT_ONCE // (B * g**3)), []
+        rows, out = max(1, SCORES_AT_ONCE // (B * g**3)), []  # a row of the grid has B * g * g**2 scores
         for *head, keys, values in zip(*(t.split(1, dim=1) for t in (grid, by_row, by_column, k, v))):
             for queries, row, column in zip(*(t.split(rows, dim=2) for t in head)):
                 bias = (row + column).flatten(4).flatten(2, 3)  # (B, 1, rows * g, N)

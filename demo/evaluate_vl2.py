@@ -9,11 +9,12 @@ from random import Random
 
 import torch
 from drawings import random_emptiness
+from stages import outputs
 from torch import Tensor
 from vl2_scenes import TASKS, Scene, ask, chat, draw, drawn_scene, random_scene
 
 from generate import generate
-from model import DeepseekVL, record
+from model import DeepseekVL, Router
 from processor import Box, Processor, parse_boxes
 
 MEASURED = (*TASKS, "box overlap")  # the mean intersection over union of "ground"
@@ -92,8 +93,8 @@ def accuracy(
 ) -> dict[str, float]:
     """For each kind of question the share answered right.
 
-    "ground" is right where there are as many boxes as there are things, and each overlaps by more than a half;
-    "grounded" where also the description is. "box overlap" is the mean over all boxes of "ground".
+    "ground" and "grounded" are right where the words are, there are as many boxes as things, and each overlaps by
+    more than a half. "box overlap" is the mean over all boxes of "ground".
     """
     shares = {}
     for task in tasks:
@@ -117,13 +118,14 @@ def expert_load(model: DeepseekVL, processor: Processor, scenes: int, split: str
     """How many tokens each expert of each layer gets, of conversations about that many scenes, without padding."""
     load: dict[str, Tensor] = {}
     talks = [chat(Random(f"vl2-{split}-talk-{i}"))[2] for i in range(scenes)]
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     for start in range(0, scenes, BATCH):
-        batch = processor(talks[start : start + BATCH], labels=True)
-        with record(model) as inside:
-            model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, logits_to_keep=1)
+        batch = processor(talks[start : start + BATCH])
+        with outputs(**{name.replace(".", "_"): router for name, router in routers.items()}) as kept:
+            model(**batch, logits_to_keep=1)
         real = batch["attention_mask"].flatten().bool()
-        for name in (name for name in inside if name.endswith("mlp.gate")):
-            experts = inside[name][0].cpu()[real].flatten()
-            counts = torch.bincount(experts, minlength=model.config.language.experts.n_routed_experts)
-            load[name] = load.get(name, 0) + counts.float()
+        for name, router in routers.items():
+            experts = kept[name.replace(".", "_")][0].cpu()[real].flatten()
+            counts = torch.bincount(experts, minlength=router.config.n_routed_experts).float()
+            load[name] = load.get(name, 0) + counts
     return load

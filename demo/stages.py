@@ -53,8 +53,8 @@ class Lessons(nn.Module):
     def loss(self, stage: Stage, model: DeepseekVL, batch: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
-    def after_step(self, model: DeepseekVL) -> None:
-        """What changes without a gradient."""
+    def after_step(self, model: DeepseekVL, pace: float) -> None:
+        """What changes without a gradient; `pace` is the share of the stage's learning rate that the step had."""
 
     def scores(self, stage: Stage, model: DeepseekVL, processor: Processor, batch: dict[str, Tensor]) -> dict:
         """Held-out accuracy, from a held-out batch of the stage or from answers."""

@@ -4,13 +4,14 @@ towers  SigLIP and the aligner alone, in place of SigLIP's pretraining: each tok
         vocabulary, what stands there (kind, colour, size, a sign's text), and how far it reaches; each patch says
         its letter. All through linear layers that are thrown away.
 look    the decoder's first layers too: where in the picture is it? Each token says also the four numbers of its
-        thing's box, its own place, and the how-manieth thing it is.
+        thing's box, its own place, and which thing it is in the order.
 joint   everything, on conversations: the loss on answers, and half of what `look` asks.
 answers everything, on answers alone.
 longer  the same again, at a higher rate.
 boxes   everything as in `joint`, on a GPU: more pictures a step, more questions each, and in a box a number near the
-        right one is not quite wrong. It was stopped after 2269 of 3000 steps.
+        right one counts in part. It was stopped after 2269 of 3000 steps.
 canvases  answers alone; half of the pictures are drawings as people make them.
+settle  a third of them.
 """
 
 from __future__ import annotations
@@ -48,18 +49,19 @@ LAYERS = 3  # the decoder's first, after which tokens say what they see
 TILE_FIELDS = ("kind", "color", "size", "text")  # what a tile alone can show
 LABELS = ("seen", "reach", "letters")
 NUMBER_FIELDS = ("left", "top", "right", "bottom", "across", "down")
-FEWER = 5  # of what every token has, its place or nothing, one token in so many is asked
+FEWER = 5  # of what every token has, its place or nothing, every fifth token is asked
 BLUR, BOX_BLUR = 6.0, 4.0  # standard deviations, in thousandths, of what counts as the right number; in an answer's box
 BALANCE = 0.01  # the step of a bias; DeepSeek-V3 has 0.001, and four hundred times as many steps
 EVERYTHING = ("vision", "aligner", "language", "lm_head")
-SOFT = ("boxes", "canvases")  # stages in which a number near the right one counts for something
+SOFT = ("boxes", "canvases", "settle")  # stages in which a number near the right one counts in part
+DRAWINGS = {"canvases": 0.5, "settle": 0.33}  # their share of the pictures
 
 
 class Balance:
     """Keeps a model's experts equally busy without a loss (DeepSeek-V3, section 2.1.2).
 
-    After each step an expert that got fewer tokens than the mean has its bias raised by BALANCE, one that got more,
-    lowered. The bias takes part in the choice of experts alone.
+    After each step an expert that got fewer tokens than the mean has its bias raised by BALANCE, less as the
+    learning rate falls; one that got more, lowered. The bias takes part in the choice of experts alone.
     """
 
     def __init__(self):
@@ -77,10 +79,10 @@ class Balance:
             self.counts[router] = torch.bincount(chosen, minlength=router.config.n_routed_experts)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, pace: float) -> None:
         for router, count in self.counts.items():
             count = count.float()
-            router.e_score_correction_bias += BALANCE * torch.sign(count.mean() - count)
+            router.e_score_correction_bias += BALANCE * pace * torch.sign(count.mean() - count)
 
 
 def mix_all(mixture: MixtureOfExperts, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -104,6 +106,7 @@ class VL2Lessons(Lessons):
         Stage("longer", 1750, 16, 2e-3, EVERYTHING, 24),
         Stage("boxes", 3000, 64, 3e-3, EVERYTHING, 24, heads=True),
         Stage("canvases", 500, 16, 1.2e-3, EVERYTHING, 24),
+        Stage("settle", 300, 16, 8e-4, EVERYTHING, 24),
     )
     measures = ("named", "placed", "read", *MEASURED, "least busy", "busiest")
     write_empty_checkpoint = staticmethod(write_empty_vl2)
@@ -143,7 +146,7 @@ class VL2Lessons(Lessons):
             batch = processor([[{"role": "user", "content": "", "images": [picture]}] for _, picture in found])
         else:
             tasks, turns = ((*TASKS, "ground", "color", "count"), 4) if stage.name in SOFT else (TASKS, 3)
-            found = [chat(rng, tasks, turns, drawn=0.5 if stage.name == "canvases" else 0.0) for rng in rngs]
+            found = [chat(rng, tasks, turns, drawn=DRAWINGS.get(stage.name, 0.0)) for rng in rngs]
             batch = processor([messages for *_, messages in found], labels=True)
             found = [pair for *pair, _ in found]
         if stage.heads:
@@ -232,10 +235,10 @@ class VL2Lessons(Lessons):
         every = torch.arange(len(self.number_ids), device=values.device)
         return torch.softmax(-0.5 * ((every - values[:, None]) / deviation) ** 2, dim=1)
 
-    def after_step(self, model: DeepseekVL) -> None:
+    def after_step(self, model: DeepseekVL, pace: float) -> None:
         if not self.balance.counts:
             return
-        self.balance.step()
+        self.balance.step(pace)
         self.load.append(torch.stack(list(self.balance.counts.values())).cpu())
 
     def state_of_reports(self) -> dict[str, float]:

@@ -14,7 +14,8 @@ them; the first two stages stand in for that:
               colours, and pictures without shapes. The towers are asked again what they see, beside the answers.
     canvases  the same, longer and at a higher rate; every other batch is of crowded drawings, for the towers alone.
     signs     answers alone; half of the conversations are about usual scenes, with more signs to read.
-    gallery   everything together, on a GPU, with what the towers see; one in two about usual scenes.
+    gallery   everything together, on a GPU, with what the towers see; one in two about usual scenes. The demo's was
+              stopped after 3023 of 3500 steps.
 
 From `language` on the loss is on answers alone (`mask_prompt`): stories and questions are drawn by chance, and teach
 nothing.

@@ -11,7 +11,7 @@
     python tests/bench.py --device cuda       towers, answer and vl2 on a GPU
 
 Both sides read the same float16 files, as their users do. They run in turns after a warm-up turn, and a
-figure is the median of its turns. A ratio above 1 is in favour of ours.
+figure is the median of its turns (of loading, of at most three without warm-up). A ratio above 1 is in favour of ours.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def peak_memory() -> Iterator[list[float]]:
         while not done.wait(0.002):
             seen.append(private_mebibytes())
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield seen
-    done.set()
-    thread.join()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def prompt(vocabulary: int, text: int, image: int = 0, pixels: int = 0) -> dict[str, torch.Tensor]:
@@ -83,15 +85,17 @@ class Side:
     def look(self, tower: str, shape: list[int]) -> list[float]:
         """Seconds of a vision tower."""
         pixels, run = torch.rand(shape).to(self.device, self.dtype), self.tower(tower)
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         run(pixels)
-        torch.cuda.synchronize() if self.device == "cuda" else None
+        wait()
         return [time.perf_counter() - start]
 
     def answer(self, new_tokens: int, *sizes: int) -> list[float]:
         """Seconds to the first token, and for each of those that follow. `sizes`: see `prompt`."""
-        start = time.perf_counter()
-        times = self.token_times(prompt(*sizes), new_tokens + 1)
+        batch, start = prompt(*sizes), time.perf_counter()
+        times = self.token_times(batch, new_tokens + 1)
         return [times[0] - start, (times[-1] - times[0]) / new_tokens]
 
     def weigh(self, folder: str, dtype: str, options: dict, *sizes: int) -> list[float]:
@@ -293,7 +297,9 @@ class Bench:
             size = self.sizes(name)[-1]
             self.row(label, *self.compare(name, "look", name, [1, 3, size, size]), "{:.3f} s".format)
 
-    def answer(self, title: str = "DeepSeek-VL 1.3B", kinds: tuple = ("", "int8", "int4", "int4 compiled")) -> None:
+    def answer(
+        self, title: str = "DeepSeek-VL 1.3B", kinds: tuple = ("", "int8", "int8 compiled", "int4", "int4 compiled")
+    ) -> None:
         self.head(title)
         name = title.lower().replace(" ", "-")
         if self.device == "cuda":
@@ -372,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory beside transformers.")
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: this CPU's fastest")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
     add("--against", type=Path, metavar="FOLDER", help="another copy of the five files, in place of transformers")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--turns", type=int, default=5, help="after the warm-up (default: %(default)s)")
@@ -383,6 +389,10 @@ def main() -> None:
         return serve(args.serve)
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if args.device == "cuda" and (wrong := set(args.sections) - set(ON_A_GPU)):
+        parser.error(f"on a GPU there are {', '.join(ON_A_GPU)}, not {', '.join(sorted(wrong))}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none here")
     if args.small:  # threads would only wait for each other
         args.turns = 1
         os.environ["OMP_NUM_THREADS"] = "1"  # of the other process
@@ -390,13 +400,13 @@ def main() -> None:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1] or "unknown CPU"
     versions = f"torch {torch.__version__}, transformers {version('transformers')}, {time.strftime('%Y-%m-%d')}"
-    print(f"{name}, {torch.get_num_threads()} cores, {versions}{', small sizes' * args.small}", flush=True)
+    print(f"{name}, {torch.get_num_threads()} threads, {versions}{', small sizes' * args.small}", flush=True)
     if args.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, which copies {copied():.0f} GB/s (bytes read and written)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         for name in args.sections or (SECTIONS if args.device == "cpu" else ON_A_GPU):
-            getattr(bench, name)()  # another process ends with this one
+            getattr(bench, name)()  # `Elsewhere`'s process ends when this one closes its input
 
 
 if __name__ == "__main__":

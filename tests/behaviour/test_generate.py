@@ -143,7 +143,7 @@ def test_prompts_that_cannot_be_answered(small_pair):
     for tested, batch, message in (
         (short, random_batch("siglip"), "54 tokens.* holds 53"),
         (model, {"input_ids": torch.ones(1, 0).long()}, "the prompt is empty"),
-        (model, on_the_right, "the padding on the left"),
+        (model, on_the_right, "without padding at the end"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(tested, batch)

@@ -414,5 +414,5 @@ def test_damaged_shards(sharded):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "no such device", None, 1.5])
 def test_a_device_that_is_not_here(device):
-    with pytest.raises(ValueError, match=f"device {device} is not to be had here"):
+    with pytest.raises(ValueError, match=f"device {device} is not available here"):
         load_model(golden("vl-siglip").folder, device=device)
