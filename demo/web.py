@@ -148,7 +148,8 @@ def run(args: Namespace) -> None:
         args.model, dtype=generate.pick_dtype(args.dtype, device), device=device, quantize=args.quantize, pack=True,
         tokenizer=processor.tokenizer, progress=lambda share: generate.note(f"{share:.0%} of {args.model} loaded"),
     )  # fmt: skip
-    notice = generate.demo_notice(args.model).capitalize()
+    notice = generate.demo_notice(args.model)
+    notice = f"{notice.capitalize()}." if notice else ""
     page = build_page(Chat(model, processor, args.chunk_size), "DeepSeek-VL", notice)
     page.launch(
         server_name=args.host, server_port=args.port, share=False, max_file_size=MAX_DOWNLOAD_BYTES,
