@@ -612,6 +612,8 @@ def make_message(prompt: str | None, images: list[str], raw: bool = False) -> di
     if prompt == "-":
         if "-" in images:
             raise ValueError("--prompt and --image both read standard input, give a file for one")
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         sys.stdin.reconfigure(errors="surrogateescape")
         prompt = sys.stdin.read()
         if not is_utf8(prompt):
