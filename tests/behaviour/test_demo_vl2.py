@@ -26,13 +26,14 @@ def checkpoint():
 
 
 # What 25 fixed scenes must at least give: below the figures in the README.
-LEAST = {"describe": 0.9, "color": 0.9, "count": 0.9, "text": 0.9, "ground": 0.9, "box overlap": 0.75}
+# Of 25 questions each; of 500 the shares stand in README.
+LEAST = {"describe": 0.85, "color": 0.95, "count": 0.85, "text": 0.9, "ground": 0.8, "box overlap": 0.7, "drawing": 0.9}
 
 
 def test_a_small_checkpoint_answers_on_fresh_scenes(checkpoint):
     both = [sum(file.stat().st_size for file in (DEMO / name).iterdir()) for name in ("vl2", "checkpoint")]
     assert sum(both) <= 20_000_000 and sum(p.numel() for p in checkpoint[0].parameters()) <= 6_000_000
-    shares = evaluate_vl2.accuracy(*checkpoint, scenes=25, tasks=("describe", "color", "count", "text", "ground"))
+    shares = evaluate_vl2.accuracy(*checkpoint, scenes=25, tasks=[*set(LEAST) - {"box overlap"}])
     assert all(shares[task] >= least for task, least in LEAST.items()), shares
     load = evaluate_vl2.expert_load(*checkpoint, scenes=25)
     assert len(load) == 4 and all(counts.min() > counts.mean() / 3 for counts in load.values()), load
@@ -117,7 +118,7 @@ def test_a_bias_rises_for_experts_with_too_few_tokens():
     router.register_forward_hook(balance.count)
     balance.real = torch.tensor([True] * 5 + [False])
     router(torch.eye(4)[[0, 0, 0, 1, 2, 3]])  # the last is padding: 3, 1, 1 and 0 tokens, where 1.25 is the mean
-    balance.step()
+    balance.step(1.0)
     step = vl2_lessons.BALANCE
     assert torch.allclose(router.e_score_correction_bias.data, torch.tensor([-step, step, step, step]))
 
