@@ -476,7 +476,7 @@ class CompiledSteps:
 
     def give_up(self, error: Exception) -> None:
         self.works = False
-        self.failed(reason(error))
+        self.failed(reason(str(error).strip().partition("\n")[0] or type(error).__name__))
 
     def replay(
         self, x: Tensor, position_ids: Tensor, bias: Tensor | None = None, caches: list[LayerCache] | None = None

@@ -1115,7 +1115,8 @@ class Processor:
                 if length <= self.max_positions:  # before pixels take memory
                     inputs.append(self.image_inputs(image, tiled)[0])
             except (ValueError, OSError) as error:
-                raise ValueError(f"image {index + 1} of {len(sources)}: {reason(error)}") from error
+                which = f"image {index + 1} of {len(sources)}: " if len(sources) > 1 else ""
+                raise ValueError(f"{which}{reason(error)}") from error
             self._check_length(length)
 
         ids, learnt, counts = torch.tensor(tokens), torch.tensor(flags), torch.ones(len(tokens), dtype=torch.long)
@@ -1143,8 +1144,7 @@ class Processor:
         base models, a conversation is one message, whose text follows the begin token as it is, and is all learnt.
 
         Raises ValueError where image markers and images differ in number, where a prompt is longer
-        than the model's context, where a conversation or an image cannot be read, and where labels
-        are wanted of conversations without an answer.
+        than the model's context, and where a conversation or an image cannot be read.
         """
         if isinstance(conversations, dict):  # a message alone
             conversations = [conversations]
@@ -1174,8 +1174,6 @@ class Processor:
             batch["labels"] = pad_left(targets, IGNORED)
             # A begin token after padding is not learnt: only padding precedes it.
             batch["labels"][:, 1:].masked_fill_(batch["attention_mask"][:, :-1] == 0, IGNORED)
-            if (batch["labels"] == IGNORED).all():
-                raise ValueError("labels: no conversation has an answer to learn from")
         images = [tensors for row in inputs for tensors in row]
         return batch | {key: torch.cat([tensors[key] for tensors in images]) for key in (images[0] if images else ())}
 

@@ -5,7 +5,7 @@
     python demo/train.py --minutes 1            as far as a minute goes; so with --steps
 
 What the stages teach stands in vl_lessons.py and vl2_lessons.py. `gallery` and `boxes` are for a GPU: six minutes on an
-H200, hours on 2 cores. The others take these about three hours for the first demo, two for the second; stopped within the
+H200, hours on 2 cores. The others take these three hours for the first demo and two for the second; stopped within the
 first stage, a model cannot speak yet.
 
 Loss and held-out accuracy (of 16 pictures for the towers, of 50 questions of each kind for answers) print as it goes
