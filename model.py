@@ -526,7 +526,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config.experts
         self.weight = random_parameter(self.config.n_routed_experts, config.hidden_size)
-        if self.config.topk_method == "noaux_tc":  # learnt: above zero for experts that got too few tokens
+        if self.config.topk_method == "noaux_tc":  # above zero for experts that got too few tokens
             self.e_score_correction_bias = nn.Parameter(torch.zeros(self.config.n_routed_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,15 +86,17 @@ class Balance:
 
 
 def mix_all(mixture: MixtureOfExperts, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """`MixtureOfExperts.mix`, on a GPU by every expert over all tokens: there few large products are fastest."""
-    if not tokens.is_cuda:
-        return MixtureOfExperts.mix(mixture, tokens, experts, weights)
+    """`MixtureOfExperts.mix` by every expert over all tokens: on a GPU few large products are fastest."""
     gate, up, down = (
         torch.stack([getattr(expert, name).weight for expert in mixture.experts])
         for name in ("gate_proj", "up_proj", "down_proj")
     )  # (E, hidden, D) twice, (E, D, hidden)
     share = weights.new_zeros(len(tokens), len(gate)).scatter(1, experts, weights)  # 0 for experts not chosen
     return torch.einsum("etd,te->td", (F.silu(tokens @ gate.mT) * (tokens @ up.mT)) @ down.mT, share)
+
+
+def mix(mixture: MixtureOfExperts, tokens: Tensor, *chosen: Tensor) -> Tensor:
+    return (mix_all if tokens.is_cuda else MixtureOfExperts.mix)(mixture, tokens, *chosen)
 
 
 class VL2Lessons(Lessons):
@@ -136,7 +138,7 @@ class VL2Lessons(Lessons):
             block.attn.attend = attention  # with a gradient and so few patches, faster than the fused kernel
         for module in model.modules():
             if isinstance(module, MixtureOfExperts):
-                module.mix = partial(mix_all, module)
+                module.mix = partial(mix, module)
 
     @staticmethod
     def batch(stage: Stage, processor: Processor, rngs: list[Random]) -> dict[str, Tensor]:

@@ -355,3 +355,11 @@ def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch, chat,
     assert [message["content"] for message in said[::2]] == list(questions[1:]) and said[0]["images"] == [SCENE]
     assert 0 < len(said[1]["content"]) < 40 and said[3]["content"] == "It says PUSH."
     assert done.out == f"{said[1]['content']}\nIt says PUSH.\n"
+
+
+def test_a_cache_made_before_compiled_steps_is_refused(monkeypatch):
+    model, processor = golden_model("vl-siglip")
+    cache = ConversationCache(model)
+    monkeypatch.setattr(model, "fixed_shape_steps", True)
+    with pytest.raises(ValueError, match="the cache was made before compile_steps"):
+        generate(model, processor([user("What is this?")]), 2, cache=cache)

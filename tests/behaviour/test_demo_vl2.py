@@ -10,7 +10,7 @@ import pytest
 import torch
 import vl2_lessons
 import vl2_scenes
-from conftest import DEMO
+from conftest import DEMO, assert_close
 
 import generate
 from load_weights import load_model
@@ -132,3 +132,35 @@ def test_a_bias_rises_for_experts_with_too_few_tokens():
 def test_overlaps(given, expected):
     right = "<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100]]<|/det|>"
     assert evaluate_vl2.overlaps(given, right) == pytest.approx(expected, abs=1e-3)
+
+
+def test_all_experts_at_once_mix_as_one_after_another(checkpoint):
+    mixture, x = checkpoint[0].language.layers[1].mlp, torch.randn(40, 128)
+    with torch.no_grad():
+        chosen = mixture.gate(x)
+        assert_close(vl2_lessons.mix_all(mixture, x, *chosen), mixture.mix(x, *chosen))
+
+
+def test_only_numbers_of_boxes_are_blurred(checkpoint):
+    lessons, processor = vl2_lessons.VL2Lessons(checkpoint[0].config), checkpoint[1]
+    lessons.number_ids = vl2_scenes.number_ids(processor)
+    lessons.box_tags = [processor.tokenizer.token_to_id(tag) for tag in ("<|det|>", "<|/det|>")]
+    ids = torch.tensor([processor.tokenizer.encode("It says 42.<|det|>[[7, 80, 9, 999]]<|/det|> 5")])
+    assert lessons.values(ids[lessons.in_boxes(ids)]).tolist() == [7, 80, 9, 999]
+    near = lessons.near(torch.tensor([7, 999]), vl2_lessons.BOX_BLUR)
+    assert near.argmax(1).tolist() == [7, 999] and near.sum(1) == pytest.approx(1)
+
+
+def test_boxes_of_drawings_hold_what_is_painted():
+    found = 0
+    for seed in range(60):
+        scene, picture = vl2_scenes.drawn_scene(Random(seed), (1, 3))
+        pixels = np.asarray(picture, dtype=int)
+        painted = np.abs(pixels - pixels[0, 0]).max(axis=2) > 0
+        boxes = np.zeros_like(painted)
+        for left, top, right, bottom in (shape.box for shape in scene.shapes):
+            boxes[max(0, int(top) - 1) : int(bottom) + 2, max(0, int(left) - 1) : int(right) + 2] = True
+        if len(np.unique(pixels.reshape(-1, 3), axis=0)) <= 4:  # neither grain nor smooth edges
+            found += 1
+            assert painted.any() and not (painted & ~boxes).any()
+    assert found > 5
