@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Ask DeepSeek-VL about images; the answer streams to standard output.")
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="file, address, or - (stdin); may be repeated")
-    add("--prompt", help='the question, or - (stdin); <image> marks where an image goes')
+    add("--prompt", help="the question, or - (stdin); <image> marks where an image goes")
     add("--model", metavar="DIR", help="checkpoint folder (default: the small one in demo/checkpoint)")
     add("--system", metavar="TEXT", help="system text in place of the model's own")
     add("--chat", action="store_true", help="several questions, a line each, about pictures that /image adds")
@@ -187,7 +187,6 @@ from torch import Tensor, nn
 
 from load_weights import (
     PackedLinear,
-    QuantizedLinear,
     check_new_folder,
     download_hint,
     load_model,
@@ -678,8 +677,9 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
-    if slow := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
-        tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
+    if slow := [name for name, module in model.named_modules() if getattr(module, "is_slow", False)]:
+        hint = "; a C++ compiler gives them one" if device.type == "cpu" else ""
+        tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}{hint}")
     if args.compile:
         lead = ""
         compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))

@@ -14,6 +14,7 @@ No code in a checkpoint is executed: JSON, safetensors, and pickles with weights
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -560,12 +561,13 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
 
 # ---------------------------------------------------------------------------- how weights lie in memory
 
-# A linear layer has four forms, which are called alike:
+# A linear layer has five forms, which are called alike:
 #
-#     nn.Linear              as the checkpoint has it
-#     QuantizedLinear        int8 or int4; to be saved, and the equation of what the packed form computes
-#     PackedLinear           bfloat16 in the order in which a CPU's matmul reads it
-#     PackedQuantizedLinear  int8 or int4 in the layout of torch's kernels
+#     nn.Linear                as the checkpoint has it
+#     PackedLinear             bfloat16 in the order in which a CPU's matmul reads it
+#     QuantizedLinear          int8 or int4; to be saved, and the equation of what the last two compute
+#     PackedQuantizedLinear    int8 or int4 in the layout of torch's kernels
+#     CompiledQuantizedLinear  int8 or int4 for a CPU on which those are slow: a sum, compiled
 #
 # `load_model` and `pack` put one in place of another. The model does not know.
 
@@ -608,6 +610,8 @@ class QuantizedLinear(nn.Module):
     weight: int8 (out, in); for int4 uint8 (out, in / 2), two inputs a byte, the first in its high half.
     scales: (out,), for int4 (in / g, out, 2), scale and offset, in the dtype of the layer's input and output.
     """
+
+    is_slow = True  # the packed and compiled forms are not
 
     def __init__(self, weight: Tensor, scales: Tensor):
         super().__init__()
@@ -748,8 +752,7 @@ class PackedQuantizedLinear(Packed):
     """A quantized layer in the layout of torch's own kernels, which dequantize as they read.
 
     For a few rows, as in a decode step, these are fast: they read half or a quarter of the bytes. For the many rows
-    of a prompt, dequantize + matmul is faster, and runs in pieces. (int4 is dequantized from the layout of CPUs with
-    512-bit vectors alone; elsewhere its kernel does any number of rows.)
+    of a prompt, dequantize + matmul is faster, and runs in pieces. (Of int4 on CUDA the kernel does any number.)
     """
 
     # Above these row counts, dequantize + matmul is faster (Zen 4); for other dtypes, above one.
@@ -757,21 +760,19 @@ class PackedQuantizedLinear(Packed):
     # Bytes of dequantized weights at a time. From 32 MiB on, glibc maps memory anew for each, which is slow.
     PIECE = 2**24
 
-    def __init__(self, layer: QuantizedLinear, check_layout: bool = True):
+    def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features, self.group = layer.in_features, len(layer.weight), layer.group
         self.bits = 8 if layer.weight.dtype == torch.int8 else 4
         self.scales = layer.scales.clone()
-        if self.bits == 4:
-            self.weight = self.int4_layout(layer.weight)
-        else:  # the int8 kernel crashes on unaligned weights, and in a mapped file a tensor may begin anywhere
-            self.weight = layer.weight if layer.weight.data_ptr() % 64 == 0 else layer.weight.clone()
-        on_cpu = self.weight.device.type == "cpu"
-        self.can_dequantize = self.bits == 8 or (on_cpu and (not check_layout or int4_layout_is_known()))
+        self.weight = self.arranged(layer.weight)
+        can_dequantize = self.bits == 8 or self.weight.device.type == "cpu"
+        self.few = self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) if can_dequantize else math.inf
 
-    @staticmethod
-    def int4_layout(weight: Tensor) -> Tensor:
-        """The integers as the device's kernel wants them; opaque but for what `dequantized` knows."""
+    def arranged(self, weight: Tensor) -> Tensor:
+        """The integers as the device's kernel wants them; int4's layout is opaque but for what `dequantized` knows."""
+        if self.bits == 8:  # the kernel crashes on unaligned weights, and in a mapped file a tensor may begin anywhere
+            return weight if weight.data_ptr() % 64 == 0 else weight.clone()
         if weight.device.type == "cuda":
             return torch.ops.aten._convert_weight_to_int4pack(weight, 8)
         packed = torch.empty_like(weight)
@@ -781,7 +782,7 @@ class PackedQuantizedLinear(Packed):
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
-        """Whether this is a quantized layer that a kernel of this machine can do."""
+        """Whether this is a quantized layer that a kernel of this machine can do, faster than plain weights."""
         if not isinstance(module, QuantizedLinear):
             return False
         device = module.weight.device
@@ -791,13 +792,12 @@ class PackedQuantizedLinear(Packed):
         else:
             least = 128 if device.type == "cuda" else 64
             kind, fits = "int4", module.in_features % least == 0 and len(module.weight) % 64 == 0
-        return fits and kernel_agrees(kind, module.scales.dtype, device)
+        return fits and kernel_pays(kind, module.scales.dtype, device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), in the scales' dtype."""
         rows = rows.to(self.scales.dtype)  # under autocast they may be of another
-        few = len(rows) <= self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) or not self.can_dequantize
-        return self.multiply(rows) if few else self.dequantize_and_multiply(rows)
+        return self.multiply(rows) if len(rows) <= self.few else self.dequantize_and_multiply(rows)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The kernels. (rows, in) -> (rows, out)."""
@@ -838,31 +838,125 @@ class PackedQuantizedLinear(Packed):
         return torch.addcmul(offset, wide, scale, out=wide).view(width, -1)
 
 
+def sum_of_words(words: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """One row times a quantized layer, where words of 32 bits hold n integers each: 4 of int8, 8 of int4.
+
+    words: (out, G, w), bits in float32: the integers of a group's inputs j, j + w, ..., the first lowest, in two's
+        complement (int4: q - 8); scales: as in `QuantizedLinear`, float32; x: (G, n, w) float32, the inputs.
+    Returns: (out,) float32.
+    """
+    q, n = words.view(torch.int32), x.shape[1]  # compiled code loads float32 best
+    bits = 32 // n
+    sums = sum((q << 32 - bits * (i + 1) >> 32 - bits).float() * x[:, i] for i in range(n)).sum(-1)  # (out, G)
+    if scales.dim() == 1:
+        return sums[:, 0] * scales
+    scale, offset = scales.transpose(0, 1).unbind(-1)  # (out, G)
+    return (sums * scale + offset * x.sum((1, 2))).sum(-1)
+
+
+class CompiledQuantizedLinear(PackedQuantizedLinear):
+    """A quantized layer for a CPU whose kernels are slow, as with 256-bit vectors: `sum_of_words`, compiled.
+
+    A few rows are multiplied one by one; for more, dequantize + matmul is faster.
+    """
+
+    LEAST = 2**20  # weights: compiling takes seconds at the first start, which smaller layers do not save
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__(layer)
+        self.few, self.is_slow, self.sum = 0, False, None
+        if self.in_features * self.out_features >= self.LEAST:
+            self.is_slow = not agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device)
+            self.few, self.sum = (0, None) if self.is_slow else (8, compiled_sum())
+
+    def arranged(self, weight: Tensor) -> Tensor:
+        """The words of `sum_of_words`, as the bytes of a matrix of the weight's shape."""
+        result, n = torch.empty_like(weight), 32 // self.bits
+        for piece, place in zip(weight.split(256), result.split(256)):
+            q = piece if self.bits == 8 else QuantizedLinear.halves(piece)
+            q = q.unflatten(1, (-1, n, self.group // n)).transpose(2, 3)  # (out, G, w, n)
+            if self.bits == 4:  # two a byte, q - 8: in four bits of two's complement, q with its top bit flipped
+                q = (q[..., 0::2] | q[..., 1::2] << 4) ^ 0x88
+            place.copy_(q.flatten(1))
+        return result
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        is_on_cpu = isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu"
+        return is_on_cpu and module.in_features % 32 == 0
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        groups, n = self.in_features // self.group, 32 // self.bits
+        words, scales = self.weight.view(torch.float32).view(self.out_features, groups, -1), self.scales.float()
+        product, x = self.sum or compiled_sum(), rows.float().view(len(rows), groups, n, -1)
+        return torch.stack([product(words, scales, row) for row in x]).to(rows.dtype)
+
+    def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
+        """In the order of the bytes: of int4 first the inputs in low halves, then those in high halves."""
+        order = rows.view(len(rows), self.in_features // self.group, 4, 8 // self.bits, -1).permute(0, 3, 1, 4, 2)
+        return super().dequantize_and_multiply(order.flatten(1))
+
+    def dequantized(self, start: int, stop: int) -> Tensor:
+        if self.bits == 8:
+            return super().dequantized(start, stop)
+        packed, scales = self.weight[start:stop].view(torch.int8), self.scales[:, start:stop].transpose(0, 1)
+        packed = packed.unflatten(1, (len(self.scales), -1))  # (out, G, g / 2)
+        wide = torch.stack((packed << 4 >> 4, packed >> 4), dim=1).to(scales.dtype)
+        scale, offset = (part[:, None, :, None].contiguous() for part in scales.unbind(-1))
+        return wide.mul_(scale).add_(offset).flatten(1).T
+
+
+@lru_cache
+def compiled_sum() -> Callable:
+    return torch.compile(sum_of_words, dynamic=True)
+
+
 def small_example(kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
-    weight = torch.linspace(-1, 1, 128 * 256, device=device).sin().view(128, 256)
+    weight = torch.linspace(-1, 1, 640 * 384, device=device).sin().view(640, 384)
     return QuantizedLinear.from_weight(weight, kind, dtype)
 
 
 @lru_cache
-def kernel_agrees(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this device has a kernel, and it gives the equation's results for a small layer."""
+def agrees(form: type[PackedQuantizedLinear], kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this form of a layer can be had here, and gives the equation's results for a small one."""
     plain = small_example(kind, dtype, device)
-    x = torch.linspace(-3, 3, 4 * 256, device=device).cos().view(4, 256).to(dtype)
-    expected = plain(x).float()
     try:
-        packed = PackedQuantizedLinear(plain)
-        results = packed.multiply(x).float(), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:]))).float()
-    except (RuntimeError, AttributeError):  # not for this device or dtype; not in this version of torch
+        packed = form(plain)
+        with torch.inference_mode():  # as while decoding: in another mode all is compiled again
+            x = torch.linspace(-3, 3, 4 * 384, device=device).cos().view(4, 384).to(dtype)
+            expected = plain(x).float()
+            results = packed.multiply(x).float(), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:]))).float()
+    except (RuntimeError, AttributeError):  # not for this device or dtype; not in this version of torch; no compiler
         return False
     return all(bool((out - expected).norm() < 0.02 * expected.norm()) for out in results)
+
+
+@lru_cache
+def kernel_pays(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this device has a kernel that agrees with the equation.
+
+    On a CPU also, whether it is faster than plain weights, and int4's layout is known. Without 512-bit vectors torch's
+    kernels take several times as long as plain weights.
+    """
+    works = agrees(PackedQuantizedLinear, kind, dtype, device)
+    if not works or device.type != "cpu":
+        return works
+    if kind == "int4" and not int4_layout_is_known():
+        return False
+    with torch.device("cpu"):
+        layer = QuantizedLinear.empty((2048, 8192), kind, dtype)
+        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
+    for tensor in (layer.weight, layer.scales, plain.weight.data):
+        tensor.fill_(1)
+    return is_faster(PackedQuantizedLinear(layer), plain)
 
 
 @lru_cache
 def int4_layout_is_known() -> bool:
     """Whether this CPU's kernel uses the layout that `dequantized` reads: it depends on the width of its vectors."""
     plain = small_example("int4", torch.float32, torch.device("cpu"))
-    packed = PackedQuantizedLinear(plain, check_layout=False)
-    return torch.allclose(packed.dequantized(64, 128).T, plain.dequantized()[64:], atol=1e-6)
+    packed = PackedQuantizedLinear(plain)
+    return torch.allclose(packed.dequantized(64, 128).T, plain.dequantized()[64:128], atol=1e-6)
 
 
 @lru_cache
@@ -874,18 +968,18 @@ def packing_pays() -> bool:
     """
     plain = nn.utils.skip_init(nn.Linear, 8192, 8192, bias=False, dtype=torch.bfloat16)  # 128 MiB, beyond most caches
     nn.init.ones_(plain.weight)
-    row = torch.ones(1, 8192, dtype=torch.bfloat16)
-    with torch.inference_mode():
-        packed, unpacked = (
-            min(timeit.repeat(lambda layer=layer: layer(row), number=1, repeat=4))
-            for layer in (PackedLinear(plain), plain)
-        )
-    return packed < unpacked
+    return is_faster(PackedLinear(plain), plain)
 
 
-def packed(
-    name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Tensor | None = None
-) -> nn.Module:
+@torch.inference_mode()
+def is_faster(packed: nn.Module, plain: nn.Linear) -> bool:
+    """A short race: which of two layers multiplies one row in less time."""
+    row = torch.ones(1, plain.in_features, dtype=plain.weight.dtype)
+    first, second = (min(timeit.repeat(lambda: layer(row), number=1, repeat=4)) for layer in (packed, plain))  # noqa: B023
+    return first < second
+
+
+def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Tensor | None = None) -> nn.Module:
     """The layer's packed form, where this machine has one; otherwise the layer.
 
     Args:
@@ -896,14 +990,15 @@ def packed(
         return layer
     if PackedLinear.suits(layer, dtype) and packing_pays():
         return PackedLinear(layer, workspace)
-    return PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
+    forms = (PackedQuantizedLinear, CompiledQuantizedLinear)
+    return next((form(layer) for form in forms if form.suits(layer)), layer)
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
-    Linear layers become `PackedLinear` (bfloat16 on a CPU) or `PackedQuantizedLinear` (int8 and int4), which can
-    neither learn nor be saved. Layers that no kernel of this machine can do, or do faster so, stay as they are.
+    Linear layers become `PackedLinear` (bfloat16 on a CPU), `PackedQuantizedLinear` or `CompiledQuantizedLinear` (int8
+    and int4), which can neither learn nor be saved. What this machine does no faster so stays as it is.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))

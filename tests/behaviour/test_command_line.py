@@ -139,7 +139,9 @@ def test_quantized_and_saved(run, desk):
 
 def test_layers_without_a_kernel_are_told_of(run, answer, monkeypatch):
     expected = answer(f"{LOOK} --quantize int8")
-    monkeypatch.setattr("load_weights.kernel_agrees", lambda *_: False)  # as on another machine
+    monkeypatch.setattr("load_weights.agrees", lambda *_: False)  # no kernel, no compiler
+    monkeypatch.setattr("load_weights.kernel_pays", lambda *_: False)
+    monkeypatch.setattr("load_weights.CompiledQuantizedLinear.LEAST", 0)
     result = run(f"{LOOK} --quantize int8")
     assert (result.status, result.out, result.err.count("\n")) == (0, expected, 2)
     assert "without a fast kernel here: 22, as language.layers.0." in result.err  # 3 times 7, and the head

@@ -1,4 +1,6 @@
-"""Weights in 8 and 4 bits: rounding, the packed kernels against the equation, loading, saving, answers."""
+"""Weights in 8 and 4 bits: rounding, kernels and compiled sums against the equation, loading, saving, answers."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,7 +8,16 @@ from conftest import GOLDENS, assert_close, golden, golden_model, relative_error
 from torch import nn
 
 from generate import generate
-from load_weights import PackedQuantizedLinear, QuantizedLinear, layers_to_quantize, load_model, pack, save_checkpoint
+from load_weights import (
+    CompiledQuantizedLinear,
+    PackedQuantizedLinear,
+    QuantizedLinear,
+    kernel_pays,
+    layers_to_quantize,
+    load_model,
+    pack,
+    save_checkpoint,
+)
 from model import MODELS, DeepseekVL
 
 KINDS = ["int8", "int4"]
@@ -20,9 +31,18 @@ def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
 
 
-def packed_or_plain(layer: QuantizedLinear) -> nn.Module:
-    """Packed, where this machine has a kernel: a machine without one tests the equation alone."""
-    return PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
+@pytest.fixture(params=["kernel", "compiled"])
+def fast(request, monkeypatch) -> Callable[[QuantizedLinear], nn.Module]:
+    """A quantized layer's fast form, also where this machine would take the other one.
+
+    A machine without a kernel, or without a C++ compiler, tests the equation alone.
+    """
+    kernel_pays.cache_clear()
+    monkeypatch.setattr("load_weights.is_faster", lambda *_: True)
+    monkeypatch.setattr("load_weights.CompiledQuantizedLinear.LEAST", 300_000)  # a few more than it tries with
+    form = {"kernel": PackedQuantizedLinear, "compiled": CompiledQuantizedLinear}[request.param]
+    yield lambda layer: form(layer) if form.suits(layer) else layer
+    kernel_pays.cache_clear()
 
 
 # ---------------------------------------------------------------------------- rounding
@@ -66,55 +86,63 @@ def test_weights_on_the_grid_are_kept(kind):
     assert torch.equal(QuantizedLinear.from_weight(weight, kind, torch.float32).dequantized(), weight)
 
 
-# ---------------------------------------------------------------------------- packed against the equation
+# ---------------------------------------------------------------------------- fast forms against the equation
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 128, 129, 200])
 @every_kind
-def test_packed_is_exactly_the_equation(kind, rows):
+def test_fast_is_exactly_the_equation(kind, rows, fast):
     """With small whole numbers and scales of powers of two no sum is rounded, so not a bit may differ."""
     random = torch.Generator().manual_seed(rows)
     if kind == "int8":
-        weight, scales = torch.randint(-127, 128, (192, 192), generator=random), torch.full((192,), 0.25)
+        weight, scales = torch.randint(-127, 128, (1600, 192), generator=random), torch.full((1600,), 0.25)
         layer = QuantizedLinear(weight.to(torch.int8), scales)
     else:
-        weight = torch.randint(0, 256, (192, 96), generator=random).to(torch.uint8)
-        exponents = torch.randint(-3, 3, (3, 192), generator=random)
-        middle = torch.randint(-8, 8, (3, 192), generator=random) / 4
+        weight = torch.randint(0, 256, (1600, 96), generator=random).to(torch.uint8)
+        exponents = torch.randint(-3, 3, (3, 1600), generator=random)
+        middle = torch.randint(-8, 8, (3, 1600), generator=random) / 4
         layer = QuantizedLinear(weight, torch.stack((2.0**exponents, middle), dim=-1))
     x = torch.randint(-8, 9, (rows, 192), generator=random).float()
-    packed = packed_or_plain(layer)
-    assert torch.equal(packed(x), layer(x))
-    assert torch.equal(packed(x[None, :, None])[0, :, 0], packed(x))  # any leading dimensions
+    tested = fast(layer)
+    assert torch.equal(tested(x), layer(x))
+    assert torch.equal(tested(x[None, :, None])[0, :, 0], layer(x))  # any leading dimensions
 
 
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_kind
-def test_packed_on_a_full_size_layer(kind, dtype, rows):
+def test_fast_on_a_full_size_layer(kind, dtype, rows, fast):
     """In float32 to 5e-6; in 16 bits as near to the float32 result of the same integers as the equation."""
     layer = QuantizedLinear.from_weight(random_weight(1024, 5632), kind, dtype)
     x = torch.randn(rows, 5632, generator=torch.Generator().manual_seed(2)).to(dtype)
     exact = x.float() @ QuantizedLinear(layer.weight, layer.scales.float()).dequantized().T
-    error = relative_error(packed_or_plain(layer)(x), exact)
+    error = relative_error(fast(layer)(x), exact)
     if dtype == torch.float32:
         assert error <= 5e-6  # the kernels add up 5632 products in fewer lanes than a matmul
     else:
         assert error <= 1.2 * relative_error(layer(x), exact)
 
 
-def test_layers_that_no_kernel_can_do_stay_plain():
-    for kind, rows, width in (("int8", 64, 40), ("int4", 80, 128), ("int4", 900, 64)):
-        layers = nn.Sequential(QuantizedLinear.from_weight(random_weight(rows, width), kind, torch.float32))
-        assert isinstance(pack(layers)[0], QuantizedLinear)
-    assert not PackedQuantizedLinear.suits(nn.Linear(64, 64))
+def test_layers_of_any_size_are_packed_or_stay_plain():
+    for kind, rows, width in (("int8", 64, 40), ("int8", 33, 64), ("int4", 80, 128), ("int4", 900, 64)):
+        layer, x = QuantizedLinear.from_weight(random_weight(rows, width), kind, torch.float32), torch.ones(3, width)
+        assert_close(pack(nn.Sequential(layer))(x), layer(x), 5e-6)
 
 
-def test_int8_in_float16_does_not_overflow():
+@every_kind
+def test_a_kernel_that_is_slower_than_plain_weights_is_not_used(kind, monkeypatch):
+    kernel_pays.cache_clear()
+    monkeypatch.setattr("load_weights.is_faster", lambda *_: False)
+    layer = QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.float32)
+    assert isinstance(pack(nn.Sequential(layer))[0], CompiledQuantizedLinear)
+    kernel_pays.cache_clear()
+
+
+def test_int8_in_float16_does_not_overflow(fast):
     """Integers times activations exceed 65504 long before weights times activations do."""
     layer = QuantizedLinear.from_weight(torch.full((32, 64), 0.5), "int8", torch.float16)
     x = torch.full((200, 64), 20.0, dtype=torch.float16)
-    assert_close(packed_or_plain(layer)(x).float(), torch.full((200, 32), 640.0), 1e-3)
+    assert_close(fast(layer)(x).float(), torch.full((200, 32), 640.0), 1e-3)
 
 
 # ---------------------------------------------------------------------------- loading, saving, answering
@@ -152,9 +180,8 @@ def test_loaded_packed_and_saved_are_the_rounded_model(name, kind, tmp_path):
     assert load_model(tmp_path / "saved", quantize=kind).state_dict().keys() == again.state_dict().keys()
     assert_close(pack(again)(**batch).logits, expected, 1e-5)
     assert generate(again, batch, max_new_tokens=8) == ids
-    if any(isinstance(module, PackedQuantizedLinear) for module in again.modules()):
-        with pytest.raises(ValueError, match="save it before pack"):
-            save_checkpoint(again, case.folder, tmp_path / "packed")
+    with pytest.raises(ValueError, match="save it before pack"):
+        save_checkpoint(again, case.folder, tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]  # nothing half-written
 
 
