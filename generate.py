@@ -186,6 +186,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from load_weights import (
+    CompiledQuantizedLinear,
     PackedLinear,
     check_new_folder,
     download_hint,
@@ -469,7 +470,10 @@ class CompiledSteps:
                 return compiled(module, x, *arguments, **options)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # of dynamo, of inductor, of the C++ compiler
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # of dynamo, of inductor, of the C++ compiler; no cache
                 self.give_up(error)
         return type(module).forward(module, x, *arguments, **options)
 
@@ -519,7 +523,7 @@ def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reas
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         CompiledSteps(model, failed)
         model.fixed_shape_steps = True
-    except (RuntimeError, AttributeError) as error:  # of a torch too old, or for too new a Python
+    except (RuntimeError, AttributeError, OSError) as error:  # of a torch too old, or for too new a Python; no cache
         failed(reason(error))
 
 
@@ -678,7 +682,8 @@ def run(args: argparse.Namespace) -> None:
         save_checkpoint(model, folder, args.save)
         pack(model)
     if slow := [name for name, module in model.named_modules() if getattr(module, "is_slow", False)]:
-        hint = "; a C++ compiler gives them one" if device.type == "cpu" else ""
+        has_one = any(isinstance(model.get_submodule(name), CompiledQuantizedLinear) for name in slow)
+        hint = "; a C++ compiler would give them one" if has_one else ""
         tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}{hint}")
     if args.compile:
         lead = ""

@@ -611,7 +611,7 @@ class QuantizedLinear(nn.Module):
     scales: (out,), for int4 (in / g, out, 2), scale and offset, in the dtype of the layer's input and output.
     """
 
-    is_slow = True  # the packed and compiled forms are not
+    is_slow = True  # all of it is dequantized at every call
 
     def __init__(self, weight: Tensor, scales: Tensor):
         super().__init__()
@@ -839,13 +839,13 @@ class PackedQuantizedLinear(Packed):
 
 
 def sum_of_words(words: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """One row times a quantized layer, where words of 32 bits hold n integers each: 4 of int8, 8 of int4.
+    """The product of one row and a quantized layer, (out,) float32. A word of 32 bits holds n integers of it.
 
-    words: (out, G, w), bits in float32: the integers of a group's inputs j, j + w, ..., the first lowest, in two's
-        complement (int4: q - 8); scales: as in `QuantizedLinear`, float32; x: (G, n, w) float32, the inputs.
-    Returns: (out,) float32.
+    words: (out, G, w), int32 bits viewed as float32. Of word j, bits i * 32 / n and on are input i * w + j of its
+        group, in two's complement (int4: q - 8); n is 4 for int8, 8 for int4.
+    scales: float32, as in `QuantizedLinear`. x: (G, n, w) float32; x[g, i, j] is input i * w + j of group g.
     """
-    q, n = words.view(torch.int32), x.shape[1]  # compiled code loads float32 best
+    q, n = words.view(torch.int32), x.shape[1]  # the words come as float32, whose loads the compiler vectorizes best
     bits = 32 // n
     sums = sum((q << 32 - bits * (i + 1) >> 32 - bits).float() * x[:, i] for i in range(n)).sum(-1)  # (out, G)
     if scales.dim() == 1:
@@ -855,48 +855,52 @@ def sum_of_words(words: Tensor, scales: Tensor, x: Tensor) -> Tensor:
 
 
 class CompiledQuantizedLinear(PackedQuantizedLinear):
-    """A quantized layer for a CPU whose kernels are slow, as with 256-bit vectors: `sum_of_words`, compiled.
+    """A quantized layer on a CPU without a fast kernel for it, as with 256-bit vectors.
 
-    A few rows are multiplied one by one; for more, dequantize + matmul is faster.
+    `sum_of_words`, compiled, multiplies up to 8 rows, one at a time. More rows, small layers and machines without a
+    C++ compiler take dequantize + matmul.
     """
 
-    LEAST = 2**20  # weights: compiling takes seconds at the first start, which smaller layers do not save
+    LEAST = 2**20  # weights: compiling takes seconds at the first start; to be above `small_example`'s
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__(layer)
-        self.few, self.is_slow, self.sum = 0, False, None
-        if self.in_features * self.out_features >= self.LEAST:
-            self.is_slow = not agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device)
-            self.few, self.sum = (0, None) if self.is_slow else (8, compiled_sum())
+        is_large = self.in_features * self.out_features >= self.LEAST
+        works = is_large and agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device)
+        self.is_slow, self.few = is_large and not works, 8 if works else 0
 
     def arranged(self, weight: Tensor) -> Tensor:
-        """The words of `sum_of_words`, as the bytes of a matrix of the weight's shape."""
+        """The integers as the words of `sum_of_words`, in the weight's shape and dtype."""
         result, n = torch.empty_like(weight), 32 // self.bits
         for piece, place in zip(weight.split(256), result.split(256)):
             q = piece if self.bits == 8 else QuantizedLinear.halves(piece)
             q = q.unflatten(1, (-1, n, self.group // n)).transpose(2, 3)  # (out, G, w, n)
-            if self.bits == 4:  # two a byte, q - 8: in four bits of two's complement, q with its top bit flipped
+            if self.bits == 4:  # two a byte; q ^ 8 is q - 8 in four bits of two's complement
                 q = (q[..., 0::2] | q[..., 1::2] << 4) ^ 0x88
             place.copy_(q.flatten(1))
         return result
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
+        """Whether this is a quantized layer on a CPU, of a width that words can hold."""
         is_on_cpu = isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu"
         return is_on_cpu and module.in_features % 32 == 0
 
     def multiply(self, rows: Tensor) -> Tensor:
-        groups, n = self.in_features // self.group, 32 // self.bits
-        words, scales = self.weight.view(torch.float32).view(self.out_features, groups, -1), self.scales.float()
-        product, x = self.sum or compiled_sum(), rows.float().view(len(rows), groups, n, -1)
+        """One row after another. (rows, in) -> (rows, out)."""
+        groups = self.in_features // self.group
+        words, scales = self.weight.view(torch.float32).unflatten(1, (groups, -1)), self.scales.float()
+        product = sum_of_words if torch.compiler.is_compiling() else compiled_sum()
+        x = rows.float().unflatten(1, (groups, 32 // self.bits, -1))
         return torch.stack([product(words, scales, row) for row in x]).to(rows.dtype)
 
     def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
-        """In the order of the bytes: of int4 first the inputs in low halves, then those in high halves."""
-        order = rows.view(len(rows), self.in_features // self.group, 4, 8 // self.bits, -1).permute(0, 3, 1, 4, 2)
+        """As in the base class, with the inputs in the order of `dequantized`: half of a byte, group, word, byte."""
+        order = rows.unflatten(1, (self.in_features // self.group, 4, 8 // self.bits, -1)).permute(0, 3, 1, 4, 2)
         return super().dequantize_and_multiply(order.flatten(1))
 
     def dequantized(self, start: int, stop: int) -> Tensor:
+        """W of the outputs from `start` to `stop`: (in, stop - start), transposed."""
         if self.bits == 8:
             return super().dequantized(start, stop)
         packed, scales = self.weight[start:stop].view(torch.int8), self.scales[:, start:stop].transpose(0, 1)
@@ -908,55 +912,44 @@ class CompiledQuantizedLinear(PackedQuantizedLinear):
 
 @lru_cache
 def compiled_sum() -> Callable:
+    """Compiled at its first call; anew for another mode of gradients, and for layers of a single group."""
     return torch.compile(sum_of_words, dynamic=True)
-
-
-def small_example(kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
-    weight = torch.linspace(-1, 1, 640 * 384, device=device).sin().view(640, 384)
-    return QuantizedLinear.from_weight(weight, kind, dtype)
 
 
 @lru_cache
 def agrees(form: type[PackedQuantizedLinear], kind: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this form of a layer can be had here, and gives the equation's results for a small one."""
-    plain = small_example(kind, dtype, device)
+    weight = torch.arange(640 * 384, device=device).sin().view(640, 384)
+    plain = QuantizedLinear.from_weight(weight, kind, dtype)
     try:
         packed = form(plain)
-        with torch.inference_mode():  # as while decoding: in another mode all is compiled again
-            x = torch.linspace(-3, 3, 4 * 384, device=device).cos().view(4, 384).to(dtype)
+        with torch.inference_mode():  # as while decoding
+            x = torch.arange(4 * 384, device=device).cos().view(4, 384).to(dtype)
             expected = plain(x).float()
-            results = packed.multiply(x).float(), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:]))).float()
-    except (RuntimeError, AttributeError):  # not for this device or dtype; not in this version of torch; no compiler
+            results = [packed.multiply(x), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:])))]
+            if packed.few < math.inf:
+                results.append(packed.dequantize_and_multiply(x))
+    except (RuntimeError, AttributeError, OSError):  # no such kernel for this device, dtype or torch; no compiler
         return False
-    return all(bool((out - expected).norm() < 0.02 * expected.norm()) for out in results)
+    return all(bool((out.float() - expected).norm() < 0.02 * expected.norm()) for out in results)
 
 
 @lru_cache
 def kernel_pays(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this device has a kernel that agrees with the equation.
+    """Whether this device has a kernel, which on a CPU is faster than plain weights.
 
-    On a CPU also, whether it is faster than plain weights, and int4's layout is known. Without 512-bit vectors torch's
-    kernels take several times as long as plain weights.
+    Without 512-bit vectors torch's kernels take several times as long as plain weights, and int4's layout is another
+    than `dequantized` reads.
     """
     works = agrees(PackedQuantizedLinear, kind, dtype, device)
     if not works or device.type != "cpu":
         return works
-    if kind == "int4" and not int4_layout_is_known():
-        return False
-    with torch.device("cpu"):
-        layer = QuantizedLinear.empty((2048, 8192), kind, dtype)
-        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
+    with device:
+        layer = QuantizedLinear.empty((4096, 8192), kind, dtype)
+        plain = nn.utils.skip_init(nn.Linear, 8192, 4096, bias=False, dtype=dtype)
     for tensor in (layer.weight, layer.scales, plain.weight.data):
         tensor.fill_(1)
     return is_faster(PackedQuantizedLinear(layer), plain)
-
-
-@lru_cache
-def int4_layout_is_known() -> bool:
-    """Whether this CPU's kernel uses the layout that `dequantized` reads: it depends on the width of its vectors."""
-    plain = small_example("int4", torch.float32, torch.device("cpu"))
-    packed = PackedQuantizedLinear(plain)
-    return torch.allclose(packed.dequantized(64, 128).T, plain.dequantized()[64:128], atol=1e-6)
 
 
 @lru_cache
@@ -974,7 +967,7 @@ def packing_pays() -> bool:
 @torch.inference_mode()
 def is_faster(packed: nn.Module, plain: nn.Linear) -> bool:
     """A short race: which of two layers multiplies one row in less time."""
-    row = torch.ones(1, plain.in_features, dtype=plain.weight.dtype)
+    row = plain.weight.new_ones(1, plain.in_features)
     first, second = (min(timeit.repeat(lambda: layer(row), number=1, repeat=4)) for layer in (packed, plain))  # noqa: B023
     return first < second
 
@@ -998,7 +991,7 @@ def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
     Linear layers become `PackedLinear` (bfloat16 on a CPU), `PackedQuantizedLinear` or `CompiledQuantizedLinear` (int8
-    and int4), which can neither learn nor be saved. What this machine does no faster so stays as it is.
+    and int4), which can neither learn nor be saved. A layer that no form suits stays as it is.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))

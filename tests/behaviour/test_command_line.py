@@ -145,6 +145,7 @@ def test_layers_without_a_kernel_are_told_of(run, answer, monkeypatch):
     result = run(f"{LOOK} --quantize int8")
     assert (result.status, result.out, result.err.count("\n")) == (0, expected, 2)
     assert "without a fast kernel here: 22, as language.layers.0." in result.err  # 3 times 7, and the head
+    assert "; a C++ compiler would give them one\n" in result.err
 
 
 @pytest.mark.parametrize("seconds, dtype", [(1.0, torch.bfloat16), (3.0, torch.float32)], ids=["native", "emulated"])
