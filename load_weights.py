@@ -861,13 +861,18 @@ class CompiledQuantizedLinear(PackedQuantizedLinear):
     C++ compiler take dequantize + matmul.
     """
 
-    LEAST = 2**20  # weights: compiling takes seconds at the first start; to be above `small_example`'s
+    LEAST = 2**20  # weights: compiling takes seconds at the first start, which smaller layers do not save
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__(layer)
-        is_large = self.in_features * self.out_features >= self.LEAST
-        works = is_large and agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device)
-        self.is_slow, self.few = is_large and not works, 8 if works else 0
+        self.few, self.is_slow = 0, False
+
+    def compiled(self) -> CompiledQuantizedLinear:
+        """Compile for layers of this width, unless that is done or this one is small. Returns the layer."""
+        if self.in_features * self.out_features >= self.LEAST:
+            works = agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device, self.in_features)
+            self.few, self.is_slow = 8 * works, not works
+        return self
 
     def arranged(self, weight: Tensor) -> Tensor:
         """The integers as the words of `sum_of_words`, in the weight's shape and dtype."""
@@ -890,8 +895,11 @@ class CompiledQuantizedLinear(PackedQuantizedLinear):
         """One row after another. (rows, in) -> (rows, out)."""
         groups = self.in_features // self.group
         words, scales = self.weight.view(torch.float32).unflatten(1, (groups, -1)), self.scales.float()
-        product = sum_of_words if torch.compiler.is_compiling() else compiled_sum()
-        x = rows.float().unflatten(1, (groups, 32 // self.bits, -1))
+        product, x = sum_of_words, rows.float().unflatten(1, (groups, 32 // self.bits, -1))
+        if not torch.compiler.is_compiling():  # else it becomes a part of what is being compiled
+            product = compiled_sum()
+            torch._dynamo.mark_dynamic(words, 0)  # any number of outputs, where another width is compiled anew:
+            torch._dynamo.mark_dynamic(scales, scales.dim() // 2)  # with that unknown too, loops take twice as long
         return torch.stack([product(words, scales, row) for row in x]).to(rows.dtype)
 
     def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
@@ -912,19 +920,21 @@ class CompiledQuantizedLinear(PackedQuantizedLinear):
 
 @lru_cache
 def compiled_sum() -> Callable:
-    """Compiled at its first call; anew for another mode of gradients, and for layers of a single group."""
-    return torch.compile(sum_of_words, dynamic=True)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    return torch.compile(sum_of_words, dynamic=False)
 
 
 @lru_cache
-def agrees(form: type[PackedQuantizedLinear], kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this form of a layer can be had here, and gives the equation's results for a small one."""
-    weight = torch.arange(640 * 384, device=device).sin().view(640, 384)
+def agrees(
+    form: type[PackedQuantizedLinear], kind: str, dtype: torch.dtype, device: torch.device, width: int = 384
+) -> bool:
+    """Whether this form of a layer can be had here, and gives the equation's results for one of 640 outputs."""
+    weight = torch.arange(640 * width, device=device).sin().view(640, width)
     plain = QuantizedLinear.from_weight(weight, kind, dtype)
     try:
         packed = form(plain)
         with torch.inference_mode():  # as while decoding
-            x = torch.arange(4 * 384, device=device).cos().view(4, 384).to(dtype)
+            x = torch.arange(4 * width, device=device).cos().view(4, width).to(dtype)
             expected = plain(x).float()
             results = [packed.multiply(x), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:])))]
             if packed.few < math.inf:
@@ -983,8 +993,9 @@ def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, worksp
         return layer
     if PackedLinear.suits(layer, dtype) and packing_pays():
         return PackedLinear(layer, workspace)
-    forms = (PackedQuantizedLinear, CompiledQuantizedLinear)
-    return next((form(layer) for form in forms if form.suits(layer)), layer)
+    if PackedQuantizedLinear.suits(layer):
+        return PackedQuantizedLinear(layer)
+    return CompiledQuantizedLinear(layer).compiled() if CompiledQuantizedLinear.suits(layer) else layer
 
 
 def pack(model: nn.Module) -> nn.Module:
