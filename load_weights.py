@@ -847,11 +847,13 @@ def sum_of_words(words: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     """
     q, n = words.view(torch.int32), x.shape[1]  # the words come as float32, whose loads the compiler vectorizes best
     bits = 32 // n
-    sums = sum((q << 32 - bits * (i + 1) >> 32 - bits).float() * x[:, i] for i in range(n)).sum(-1)  # (out, G)
+    parts = [(q << 32 - bits * (i + 1) >> 32 - bits).float() * x[:, i] for i in range(n)]  # (out, G, w) each
+    while len(parts) > 1:  # in pairs, so that no sum waits for all before it
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
     if scales.dim() == 1:
-        return sums[:, 0] * scales
+        return parts[0].sum((1, 2)) * scales
     scale, offset = scales.transpose(0, 1).unbind(-1)  # (out, G)
-    return (sums * scale + offset * x.sum((1, 2))).sum(-1)
+    return (parts[0] * scale[..., None]).sum((1, 2)) + (offset * x.sum((1, 2))).sum(-1)
 
 
 class CompiledQuantizedLinear(PackedQuantizedLinear):
