@@ -114,13 +114,15 @@ def fast_attention(
     Torch's fused kernel, except where `attention` is faster on a CPU, a few heads at a time (measured on a Zen 4):
         one query (a decode step)                  computed in float32: a third of fused's time in bfloat16
         bfloat16, neither causal nor with a bias   (SigLIP): two thirds of fused's time
+    One query in float32, not compiled, is fused: a third of the other's time (Zen 3).
     A prompt, padded or not, takes the fused kernel. So do inputs that learn: `attention` keeps all weights for a
     gradient.
     """
     (B, H, T), (G, S) = q.shape[:3], k.shape[1:3]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     narrow = q.dtype == torch.bfloat16 and bias is None and not causal and H == G
-    if q.device.type == "cpu" and not learns and (T == 1 or narrow):
+    one = T == 1 and (q.dtype != torch.float32 or H != G or torch.compiler.is_compiling())
+    if q.device.type == "cpu" and not learns and (one or narrow):
         dtype = torch.promote_types(q.dtype, torch.float32) if T == 1 else q.dtype
         queries = q.reshape(B, G, H // G * T, -1)  # at T = 1 the H / G queries of a key head become its rows
         heads = max(1, 2 * SCORES_AT_ONCE // (S * (k.shape[-1] if T == 1 else T)))  # a block: its keys, or its scores
