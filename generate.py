@@ -470,10 +470,7 @@ class CompiledSteps:
                 return compiled(module, x, *arguments, **options)
             except torch.OutOfMemoryError:
                 raise
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # of dynamo, of inductor, of the C++ compiler; no cache
+            except (RuntimeError, OSError) as error:  # of dynamo, inductor, the C++ compiler, or the cache's folder
                 self.give_up(error)
         return type(module).forward(module, x, *arguments, **options)
 
@@ -523,7 +520,7 @@ def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reas
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         CompiledSteps(model, failed)
         model.fixed_shape_steps = True
-    except (RuntimeError, AttributeError, OSError) as error:  # of a torch too old, or for too new a Python; no cache
+    except (RuntimeError, AttributeError, OSError) as error:  # torch too old, Python too new, no folder
         failed(reason(error))
 
 

@@ -114,7 +114,7 @@ def fast_attention(
     Torch's fused kernel, except where `attention` is faster on a CPU, a few heads at a time (measured on a Zen 4):
         one query (a decode step)                  computed in float32: a third of fused's time in bfloat16
         bfloat16, neither causal nor with a bias   (SigLIP): two thirds of fused's time
-    One query in float32, not compiled, is fused: a third of the other's time (Zen 3).
+    One query in float32, not compiled, is fused: a third to two thirds of the other's time (Zen 3).
     A prompt, padded or not, takes the fused kernel. So do inputs that learn: `attention` keeps all weights for a
     gradient.
     """

@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: rounding, kernels and compiled sums against the equation, loading, saving, answers."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -43,7 +44,13 @@ def fast(request, monkeypatch) -> Callable[[QuantizedLinear], nn.Module]:
     if request.param == "kernel":
         yield lambda layer: PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
     else:
-        yield lambda layer: CompiledQuantizedLinear(layer).compiled()
+
+        def compiled(layer: QuantizedLinear) -> nn.Module:
+            form = CompiledQuantizedLinear(layer).compiled()
+            assert not (form.is_slow and shutil.which("g++"))  # where it can be compiled, that is what is tested
+            return form
+
+        yield compiled
     kernel_pays.cache_clear()
 
 
