@@ -186,8 +186,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from load_weights import (
-    CompiledQuantizedLinear,
+    DigitLinear,
+    HalfLinear,
     PackedLinear,
+    QuantizedLinear,
     check_new_folder,
     download_hint,
     load_model,
@@ -346,7 +348,8 @@ def decode(
         yield ids.tolist() if log_probs is None else with_log_probs(ids, logits, int(log_probs))
         if step < steps - 1:
             seen = seen.scatter(1, ids[:, None], True)
-            logits = model(input_ids=ids[:, None], cache=cache).logits[:, -1]
+            x = model.language.embed_tokens(ids[:, None])  # these need no check, for which a GPU would wait
+            logits = model(inputs_embeds=x, cache=cache).logits[:, -1]
 
 
 @torch.inference_mode()
@@ -510,8 +513,8 @@ class CompiledSteps:
 
 def compile_steps(model: DeepseekVL, failed: Callable[[str], None] = lambda reason: None) -> None:
     """Compile the model's decode steps in place, where that can be done; see `CompiledSteps`."""
-    if any(isinstance(module, PackedLinear) for module in model.language.modules()):
-        failed("the compiler does not know bfloat16 weights packed for a CPU, only what --quantize makes of them")
+    if any(isinstance(module, (PackedLinear, HalfLinear, DigitLinear)) for module in model.language.modules()):
+        failed("the compiler does not know how weights are packed for this CPU")
         return
     try:
         for module in model.modules():
@@ -678,10 +681,8 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save_checkpoint(model, folder, args.save)
         pack(model)
-    if slow := [name for name, module in model.named_modules() if getattr(module, "is_slow", False)]:
-        has_one = any(isinstance(model.get_submodule(name), CompiledQuantizedLinear) for name in slow)
-        hint = "; a C++ compiler would give them one" if has_one else ""
-        tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}{hint}")
+    if slow := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
+        tell(f"layers in 8 or 4 bits without a fast kernel here: {len(slow)}, as {slow[0]}")
     if args.compile:
         lead = ""
         compile_steps(model, lambda why: tell(f"{lead}--compile: not possible here, going on without it ({why})"))

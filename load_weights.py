@@ -19,8 +19,10 @@ import os
 import re
 import shutil
 import timeit
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -561,13 +563,17 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
 
 # ---------------------------------------------------------------------------- how weights lie in memory
 
-# A linear layer has five forms, which are called alike:
+# Torch will give up the tensors from which FBGEMM's int8 weights are packed; `agrees` will then say no.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
+
+# A linear layer has six forms, which are called alike:
 #
-#     nn.Linear                as the checkpoint has it
-#     PackedLinear             bfloat16 in the order in which a CPU's matmul reads it
-#     QuantizedLinear          int8 or int4; to be saved, and the equation of what the last two compute
-#     PackedQuantizedLinear    int8 or int4 in the layout of torch's kernels
-#     CompiledQuantizedLinear  int8 or int4 for a CPU on which those are slow: a sum, compiled
+#     nn.Linear              as the checkpoint has it
+#     PackedLinear           bfloat16 in the order in which a CPU's matmul reads it
+#     HalfLinear             float32 whose weights lie in float16 (x86 CPUs)
+#     QuantizedLinear        int8 or int4; to be saved, and the equation of what the last two compute
+#     DigitLinear            int8 in products of integers, for float32 (x86 CPUs)
+#     PackedQuantizedLinear  int8 or int4 in the layout of torch's kernels
 #
 # `load_model` and `pack` put one in place of another. The model does not know.
 
@@ -610,8 +616,6 @@ class QuantizedLinear(nn.Module):
     weight: int8 (out, in); for int4 uint8 (out, in / 2), two inputs a byte, the first in its high half.
     scales: (out,), for int4 (in / g, out, 2), scale and offset, in the dtype of the layer's input and output.
     """
-
-    is_slow = True  # all of it is dequantized at every call
 
     def __init__(self, weight: Tensor, scales: Tensor):
         super().__init__()
@@ -748,26 +752,96 @@ class PackedLinear(Packed):
         return out[:1] if one else out
 
 
+class HalfLinear(Packed):
+    """A float32 linear layer on an x86 CPU whose weights lie in float16: half the bytes, and so steps twice as fast.
+
+    Products and sums are float32, those of nn.Linear, in FBGEMM, a part of torch.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)  # opaque
+
+    @staticmethod
+    def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
+        """Whether float16 holds the weights of this layer in float32 on an x86 CPU. `dtype`: as of `PackedLinear`."""
+        if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.float32:
+            return False
+        weight = module.weight.detach()
+        return agrees(HalfLinear, None, torch.float32, weight.device) and fits_in_half(weight)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), both float32."""
+        return torch.ops.quantized.linear_dynamic_fp16(rows.float(), self.weight)
+
+
+def fits_in_half(weight: Tensor) -> bool:
+    """Whether each weight is a float16, but for at most 2^-25, which is half the least of them."""
+    parts = weight.split(256)  # little memory, and an early end for most that do not
+    return weight.dtype == torch.float16 or all((w.float() - w.half().float()).abs().max() <= 2**-25 for w in parts)
+
+
+class DigitLinear(Packed):
+    """int8 for float32 on an x86 CPU, by FBGEMM's product of 8-bit integers: nothing is dequantized, for any rows.
+
+    A row x is rounded to 14 bits in two digits, x = unit (a + b / 128), of integers from -64 to 64. So
+
+        W x = unit (W a + W b / 128)
+
+    where a and b are two rows of one product, which takes hardly longer than for one. No digit is larger because
+    CPUs add two products in 16 bits: 2 x 64 x 127, or 2 x 128 x 127 as they count from 0, is less than 2^15.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        zeros = torch.zeros_like(layer.scales, dtype=torch.int64)
+        weight = torch._make_per_channel_quantized_tensor(layer.weight, layer.scales.double(), zeros, 0)
+        self.weight = torch.ops.quantized.linear_prepack(weight, None)  # opaque; holds the scales
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this is an int8 layer in float32 on an x86 CPU."""
+        is_int8 = isinstance(module, QuantizedLinear) and module.weight.dtype == torch.int8
+        if not is_int8 or module.scales.dtype != torch.float32:
+            return False
+        return agrees(DigitLinear, "int8", torch.float32, module.weight.device)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), both float32; some rows at a time, which takes less memory."""
+        parts = [self.some_rows(part) for part in rows.float().split(256)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def some_rows(self, rows: Tensor) -> Tensor:
+        unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=1e-30) / 64
+        x = rows / unit
+        a = x.round()
+        digits = torch.cat((a, (x - a) * 128))  # which the kernel rounds, and adds 64: it wants them unsigned
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        a, b = multiply(digits, 1.0, 64, self.weight).chunk(2)
+        return torch.add(a, b, alpha=1 / 128) * unit
+
+
 class PackedQuantizedLinear(Packed):
     """A quantized layer in the layout of torch's own kernels, which dequantize as they read.
 
     For a few rows, as in a decode step, these are fast: they read half or a quarter of the bytes. For the many rows
     of a prompt, dequantize + matmul is faster, and runs in pieces. (Of int4 on CUDA the kernel does any number.)
+    A CPU's kernels are slow in float32: then they compute in bfloat16.
     """
 
-    # Above these row counts, dequantize + matmul is faster (Zen 4); for other dtypes, above one.
-    FEW_ROWS = {(8, torch.bfloat16): 12, (4, torch.bfloat16): 128}
+    FEW_ROWS = {8: 12, 4: 128}  # above these, by bits, dequantize + matmul is faster (Zen 4, bfloat16)
     # Bytes of dequantized weights at a time. From 32 MiB on, glibc maps memory anew for each, which is slow.
     PIECE = 2**24
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features, self.group = layer.in_features, len(layer.weight), layer.group
-        self.bits = 8 if layer.weight.dtype == torch.int8 else 4
+        self.bits, on_cpu = 8 if layer.weight.dtype == torch.int8 else 4, layer.weight.device.type == "cpu"
         self.scales = layer.scales.clone()
+        self.kernel_scales = self.scales.bfloat16() if on_cpu and self.scales.dtype == torch.float32 else self.scales
         self.weight = self.arranged(layer.weight)
-        can_dequantize = self.bits == 8 or self.weight.device.type == "cpu"
-        self.few = self.FEW_ROWS.get((self.bits, self.scales.dtype), 1) if can_dequantize else math.inf
+        self.few = self.FEW_ROWS[self.bits] if self.bits == 8 or on_cpu else math.inf
 
     def arranged(self, weight: Tensor) -> Tensor:
         """The integers as the device's kernel wants them; int4's layout is opaque but for what `dequantized` knows."""
@@ -796,17 +870,17 @@ class PackedQuantizedLinear(Packed):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), in the scales' dtype."""
-        rows = rows.to(self.scales.dtype)  # under autocast they may be of another
-        return self.multiply(rows) if len(rows) <= self.few else self.dequantize_and_multiply(rows)
+        dtype = self.scales.dtype  # under autocast the rows may be of another
+        return self.multiply(rows).to(dtype) if len(rows) <= self.few else self.dequantize_and_multiply(rows.to(dtype))
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """The kernels. (rows, in) -> (rows, out)."""
-        rows = rows.contiguous()
+        """The kernels. (rows, in) -> (rows, out), in the kernel's dtype."""
+        rows = rows.to(self.kernel_scales.dtype).contiguous()
         if self.bits == 8:
-            return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+            return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.kernel_scales)
         on_cpu = rows.device.type == "cpu"
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
-        return kernel(rows, self.weight, self.group, self.scales)
+        return kernel(rows, self.weight, self.group, self.kernel_scales)
 
     def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
         """A plain matmul for some outputs at a time, a multiple of 64. (rows, in) -> (rows, out)."""
@@ -819,146 +893,56 @@ class PackedQuantizedLinear(Packed):
     def dequantized(self, start: int, stop: int) -> Tensor:
         """W of the outputs from `start` to `stop`, multiples of 64 for int4: (in, stop - start), transposed.
 
-        int4's layout on a CPU has blocks of 64 outputs. In a block each input has 32 bytes: the low halves are the
-        first 32 outputs, the high halves the others. As four bits of two's complement, q - 8 is q with its top bit
-        flipped.
+        int4's layout on a CPU has blocks of 64 outputs (32 without 512-bit vectors). In a block each input has 32 (16)
+        bytes: the low halves are the first 32 (16) outputs, the high halves the others. As four bits of two's
+        complement, q - 8 is q with its top bit flipped.
         """
         if self.bits == 8:
             return self.weight[start:stop].to(self.scales.dtype).mul_(self.scales[start:stop, None]).T
-        width, blocks = self.in_features, (stop - start) // 64
-        packed = self.weight.view(-1, width, 32)[start // 64 : stop // 64]
+        width, half = self.in_features, 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+        packed = self.weight.view(-1, width, half)[start // (2 * half) : stop // (2 * half)]
         signed = (packed ^ 0x88).view(torch.int8)
-        wide = torch.empty(width, blocks, 64, dtype=self.scales.dtype, device=self.weight.device)
+        wide = torch.empty(width, len(packed), 2 * half, dtype=self.scales.dtype, device=self.weight.device)
         halves = wide.transpose(0, 1)
-        halves[..., :32] = signed << 4 >> 4
-        halves[..., 32:] = signed >> 4
-        wide = wide.view(width // self.group, self.group, blocks * 64)
+        halves[..., :half] = signed << 4 >> 4
+        halves[..., half:] = signed >> 4
+        wide = wide.view(width // self.group, self.group, stop - start)
         scales = self.scales[:, None, start:stop]  # (groups, 1, out, 2)
         scale, offset = (part.contiguous() for part in scales.unbind(-1))
         return torch.addcmul(offset, wide, scale, out=wide).view(width, -1)
 
 
-def sum_of_words(words: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """The product of one row and a quantized layer, (out,) float32. A word of 32 bits holds n integers of it.
-
-    words: (out, G, w), int32 bits viewed as float32. Of word j, bits i * 32 / n and on are input i * w + j of its
-        group, in two's complement (int4: q - 8); n is 4 for int8, 8 for int4.
-    scales: float32, as in `QuantizedLinear`. x: (G, n, w) float32; x[g, i, j] is input i * w + j of group g.
-    """
-    q, n = words.view(torch.int32), x.shape[1]  # the words come as float32, whose loads the compiler vectorizes best
-    bits = 32 // n
-    parts = [(q << 32 - bits * (i + 1) >> 32 - bits).float() * x[:, i] for i in range(n)]  # (out, G, w) each
-    while len(parts) > 1:  # in pairs, so that no sum waits for all before it
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
-    if scales.dim() == 1:
-        return parts[0].sum((1, 2)) * scales
-    scale, offset = scales.transpose(0, 1).unbind(-1)  # (out, G)
-    return (parts[0] * scale[..., None]).sum((1, 2)) + (offset * x.sum((1, 2))).sum(-1)
-
-
-class CompiledQuantizedLinear(PackedQuantizedLinear):
-    """A quantized layer on a CPU without a fast kernel for it, as with 256-bit vectors.
-
-    `sum_of_words`, compiled, multiplies up to 8 rows, one at a time. More rows, small layers and machines without a
-    C++ compiler take dequantize + matmul.
-    """
-
-    LEAST = 2**20  # weights: compiling takes seconds at the first start, which smaller layers do not save
-
-    def __init__(self, layer: QuantizedLinear):
-        super().__init__(layer)
-        self.few, self.is_slow = 0, False
-
-    def compiled(self) -> CompiledQuantizedLinear:
-        """Compile for layers of this width, unless that is done or this one is small. Returns the layer."""
-        if self.in_features * self.out_features >= self.LEAST:
-            works = agrees(type(self), f"int{self.bits}", self.scales.dtype, self.scales.device, self.in_features)
-            self.few, self.is_slow = 8 * works, not works
-        return self
-
-    def arranged(self, weight: Tensor) -> Tensor:
-        """The integers as the words of `sum_of_words`, in the weight's shape and dtype."""
-        result, n = torch.empty_like(weight), 32 // self.bits
-        for piece, place in zip(weight.split(256), result.split(256)):
-            q = piece if self.bits == 8 else QuantizedLinear.halves(piece)
-            q = q.unflatten(1, (-1, n, self.group // n)).transpose(2, 3)  # (out, G, w, n)
-            if self.bits == 4:  # two a byte; q ^ 8 is q - 8 in four bits of two's complement
-                q = (q[..., 0::2] | q[..., 1::2] << 4) ^ 0x88
-            place.copy_(q.flatten(1))
-        return result
-
-    @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is a quantized layer on a CPU, of a width that words can hold."""
-        is_on_cpu = isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu"
-        return is_on_cpu and module.in_features % 32 == 0
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        """One row after another. (rows, in) -> (rows, out)."""
-        groups = self.in_features // self.group
-        words, scales = self.weight.view(torch.float32).unflatten(1, (groups, -1)), self.scales.float()
-        product, x = sum_of_words, rows.float().unflatten(1, (groups, 32 // self.bits, -1))
-        if not torch.compiler.is_compiling():  # else it becomes a part of what is being compiled
-            product = compiled_sum()
-            torch._dynamo.mark_dynamic(words, 0)  # any number of outputs, where another width is compiled anew:
-            torch._dynamo.mark_dynamic(scales, scales.dim() // 2)  # with that unknown too, loops take twice as long
-        return torch.stack([product(words, scales, row) for row in x]).to(rows.dtype)
-
-    def dequantize_and_multiply(self, rows: Tensor) -> Tensor:
-        """As in the base class, with the inputs in the order of `dequantized`: half of a byte, group, word, byte."""
-        order = rows.unflatten(1, (self.in_features // self.group, 4, 8 // self.bits, -1)).permute(0, 3, 1, 4, 2)
-        return super().dequantize_and_multiply(order.flatten(1))
-
-    def dequantized(self, start: int, stop: int) -> Tensor:
-        """W of the outputs from `start` to `stop`: (in, stop - start), transposed."""
-        if self.bits == 8:
-            return super().dequantized(start, stop)
-        packed, scales = self.weight[start:stop].view(torch.int8), self.scales[:, start:stop].transpose(0, 1)
-        packed = packed.unflatten(1, (len(self.scales), -1))  # (out, G, g / 2)
-        wide = torch.stack((packed << 4 >> 4, packed >> 4), dim=1).to(scales.dtype)
-        scale, offset = (part[:, None, :, None].contiguous() for part in scales.unbind(-1))
-        return wide.mul_(scale).add_(offset).flatten(1).T
-
-
 @lru_cache
-def compiled_sum() -> Callable:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    return torch.compile(sum_of_words, dynamic=False)
+def agrees(form: type[Packed], kind: str | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this form of a layer can be had here, and gives the plain layer's results for one, a few and many rows.
 
-
-@lru_cache
-def agrees(
-    form: type[PackedQuantizedLinear], kind: str, dtype: torch.dtype, device: torch.device, width: int = 384
-) -> bool:
-    """Whether this form of a layer can be had here, and gives the equation's results for one of 640 outputs."""
-    weight = torch.arange(640 * width, device=device).sin().view(640, width)
-    plain = QuantizedLinear.from_weight(weight, kind, dtype)
+    Args:
+        kind: None for an nn.Linear, else that of a QuantizedLinear.
+    """
+    weight = torch.arange(640 * 384, device=device).sin().half().view(640, 384)
+    plain = nn.utils.skip_init(nn.Linear, 384, 640, bias=False, dtype=dtype, device=device)
+    plain.weight.data.copy_(weight)
+    plain = plain if kind is None else QuantizedLinear.from_weight(weight, kind, dtype)
+    x = torch.arange(200 * 384, device=device).cos().view(200, 384).to(dtype)
     try:
         packed = form(plain)
         with torch.inference_mode():  # as while decoding
-            x = torch.arange(4 * width, device=device).cos().view(4, width).to(dtype)
-            expected = plain(x).float()
-            results = [packed.multiply(x), torch.cat((packed.multiply(x[:1]), packed.multiply(x[1:])))]
-            if packed.few < math.inf:
-                results.append(packed.dequantize_and_multiply(x))
-    except (RuntimeError, AttributeError, OSError):  # no such kernel for this device, dtype or torch; no compiler
+            results = torch.cat([packed(rows) for rows in x.split((1, 4, 195))]).float()
+    except (RuntimeError, AttributeError):  # no such kernel for this device, dtype or torch
         return False
-    return all(bool((out.float() - expected).norm() < 0.02 * expected.norm()) for out in results)
+    expected = plain(x).detach().float()
+    return bool((results - expected).norm() < 0.02 * expected.norm())
 
 
 @lru_cache
 def kernel_pays(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this device has a kernel, which on a CPU is faster than plain weights.
-
-    Without 512-bit vectors torch's kernels take several times as long as plain weights, and int4's layout is another
-    than `dequantized` reads.
-    """
+    """Whether this device has torch's kernel, which on a CPU is faster than plain weights."""
     works = agrees(PackedQuantizedLinear, kind, dtype, device)
     if not works or device.type != "cpu":
         return works
     with device:
-        layer = QuantizedLinear.empty((2048, 8192), kind, dtype)
-        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
+        layer = QuantizedLinear.empty((1024, 8192), kind, dtype)
+        plain = nn.utils.skip_init(nn.Linear, 8192, 1024, bias=False, dtype=dtype)
     for tensor in (layer.weight, layer.scales, plain.weight.data):
         tensor.fill_(1)
     return is_faster(PackedQuantizedLinear(layer), plain)
@@ -995,16 +979,17 @@ def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, worksp
         return layer
     if PackedLinear.suits(layer, dtype) and packing_pays():
         return PackedLinear(layer, workspace)
-    if PackedQuantizedLinear.suits(layer):
-        return PackedQuantizedLinear(layer)
-    return CompiledQuantizedLinear(layer).compiled() if CompiledQuantizedLinear.suits(layer) else layer
+    one_image_gains_less_than_packing_costs = name.startswith(("vision.", "aligner."))
+    if HalfLinear.suits(layer, dtype) and not one_image_gains_less_than_packing_costs:
+        return HalfLinear(layer)
+    return next((form(layer) for form in (DigitLinear, PackedQuantizedLinear) if form.suits(layer)), layer)
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
-    Linear layers become `PackedLinear` (bfloat16 on a CPU), `PackedQuantizedLinear` or `CompiledQuantizedLinear` (int8
-    and int4), which can neither learn nor be saved. A layer that no form suits stays as it is.
+    Linear layers become `PackedLinear` (bfloat16 on a CPU), `HalfLinear` (float32 on an x86 CPU), `DigitLinear` or
+    `PackedQuantizedLinear` (int8 and int4), which can neither learn nor be saved. A layer that no form suits stays.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))
@@ -1069,8 +1054,10 @@ def load_model(
         if dtype == torch.float16 and device.type == "cpu":
             dtype = torch.float32
 
-    workspace, done = torch.empty(0, dtype=torch.bfloat16, device="cpu"), 0
-    for name, parameters in by_module(expected).items():
+    workspace = torch.empty(0, dtype=torch.bfloat16, device="cpu")
+
+    def place(name: str, parameters: dict[str, list[str]]) -> int:
+        """One module's tensors, how many there are."""
         module, tensors = model.get_submodule(name), {}
         for parameter, theirs in parameters.items():
             parts = [files[their_name].read(their_name) for their_name in theirs]
@@ -1085,9 +1072,16 @@ def load_model(
         if pack:
             module = packed(name, module, dtype, None if name == "lm_head" else workspace)  # the head would enlarge it
         model.set_submodule(name, module.to(dtype))
-        done += sum(map(len, parameters.values()))
-        if progress is not None:
-            progress(done / len(expected))
+        return sum(map(len, parameters.values()))
+
+    by_fbgemm = pack and dtype == torch.float32 and device.type == "cpu" and "int4" not in (quantize, stored)
+    workers = torch.get_num_threads() if by_fbgemm else 1  # FBGEMM packs with one thread
+    with ThreadPoolExecutor(workers) as pool:
+        run, done = pool.map if workers > 1 else map, 0
+        for count in run(place, *zip(*by_module(expected).items())):
+            done += count
+            if progress is not None:
+                progress(done / len(expected))
     if config.language.tie_word_embeddings:
         model.lm_head.weight = model.language.embed_tokens.weight
         if pack:

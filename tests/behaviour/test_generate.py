@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KINDS, VL2_GOLDENS, VL_GOLDENS, VOCABULARY, alone, golden, golden_model, random_batch
+from conftest import KINDS, ROOT, VL2_GOLDENS, VL_GOLDENS, VOCABULARY, alone, golden, golden_model, random_batch
 
 from generate import TextStream, compile_steps, generate, keep_top_k, keep_top_p, penalize_repetition, stream
-from load_weights import PackedLinear, load_model, pack
+from load_weights import DigitLinear, HalfLinear, PackedLinear, load_model, pack
 
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
@@ -244,9 +244,10 @@ def test_compiled_steps_give_the_same_ids(name, kind):
     assert len(reasons) <= 1
 
 
-def test_bfloat16_packed_for_a_cpu_is_not_compiled():
+@pytest.mark.parametrize("dtype, quantize", [(torch.bfloat16, None), (torch.float32, None), (torch.float32, "int8")])
+def test_weights_packed_for_a_cpu_are_not_compiled(dtype, quantize):
     """Where this CPU has kernels for such weights; elsewhere nothing is packed, and nothing is said."""
-    model, reasons = pack(load_model(golden("vl-siglip").folder, dtype=torch.bfloat16)), []
+    model, reasons = load_model(ROOT / "demo/checkpoint", dtype=dtype, quantize=quantize, pack=True), []
     compile_steps(model, failed=reasons.append)
-    packed = any(isinstance(module, PackedLinear) for module in model.modules())
-    assert ["packed for a CPU" in reason for reason in reasons] == [True] * packed
+    packed = any(isinstance(module, (PackedLinear, HalfLinear, DigitLinear)) for module in model.modules())
+    assert ["packed for this CPU" in reason for reason in reasons] == [True] * packed

@@ -1,6 +1,5 @@
-"""Weights in 8 and 4 bits: rounding, kernels and compiled sums against the equation, loading, saving, answers."""
+"""Weights in 8 and 4 bits: rounding, fast forms against the equation, loading, saving, answers."""
 
-import shutil
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 
 from generate import generate
 from load_weights import (
-    CompiledQuantizedLinear,
+    DigitLinear,
     PackedQuantizedLinear,
     QuantizedLinear,
     kernel_pays,
@@ -32,25 +31,12 @@ def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
 
 
-@pytest.fixture(params=["kernel", "compiled"])
+@pytest.fixture(params=[DigitLinear, PackedQuantizedLinear])
 def fast(request, monkeypatch) -> Callable[[QuantizedLinear], nn.Module]:
-    """A quantized layer's fast form, also where this machine would take the other one.
-
-    A machine without a kernel tests the equation alone, one without a C++ compiler dequantize + matmul alone.
-    """
+    """A quantized layer's fast form, also where this machine would take another; the layer itself where it has none."""
     kernel_pays.cache_clear()
     monkeypatch.setattr("load_weights.is_faster", lambda *_: True)
-    monkeypatch.setattr("load_weights.CompiledQuantizedLinear.LEAST", 0)
-    if request.param == "kernel":
-        yield lambda layer: PackedQuantizedLinear(layer) if PackedQuantizedLinear.suits(layer) else layer
-    else:
-
-        def compiled(layer: QuantizedLinear) -> nn.Module:
-            form = CompiledQuantizedLinear(layer).compiled()
-            assert not (form.is_slow and shutil.which("g++"))  # where it can be compiled, that is what is tested
-            return form
-
-        yield compiled
+    yield lambda layer: request.param(layer) if request.param.suits(layer) else layer
     kernel_pays.cache_clear()
 
 
@@ -101,7 +87,10 @@ def test_weights_on_the_grid_are_kept(kind):
 @pytest.mark.parametrize("rows", [1, 5, 8, 9, 13, 128, 129, 200])
 @every_kind
 def test_fast_is_exactly_the_equation(kind, rows, fast):
-    """With small whole numbers and scales of powers of two no sum is rounded, so not a bit may differ."""
+    """With small whole numbers and scales of powers of two no sum is rounded, so not a bit may differ.
+
+    But for a CPU's kernels, whose results are bfloat16.
+    """
     random = torch.Generator().manual_seed(rows)
     if kind == "int8":
         weight, scales = torch.randint(-127, 128, (192, 192), generator=random), torch.full((192,), 0.25)
@@ -112,24 +101,27 @@ def test_fast_is_exactly_the_equation(kind, rows, fast):
         middle = torch.randint(-8, 8, (3, 192), generator=random) / 4
         layer = QuantizedLinear(weight, torch.stack((2.0**exponents, middle), dim=-1))
     x = torch.randint(-8, 9, (rows, 192), generator=random).float()
-    tested = fast(layer)
-    assert torch.equal(tested(x), layer(x))
-    assert torch.equal(tested(x[None, :, None])[0, :, 0], layer(x))  # any leading dimensions
+    tested, expected = fast(layer), layer(x)
+    if isinstance(tested, PackedQuantizedLinear) and rows <= tested.few:
+        expected = expected.bfloat16().float()
+    assert torch.equal(tested(x), expected)
+    assert torch.equal(tested(x[None, :, None])[0, :, 0], expected)  # any leading dimensions
 
 
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_kind
 def test_fast_on_a_full_size_layer(kind, dtype, rows, fast):
-    """In float32 to 5e-6; in 16 bits as near to the float32 result of the same integers as the equation."""
+    """As near to the float32 result of the same integers as the equation; in float32 as the form rounds its inputs."""
     layer = QuantizedLinear.from_weight(random_weight(1024, 5632), kind, dtype)
     x = torch.randn(rows, 5632, generator=torch.Generator().manual_seed(2)).to(dtype)
     exact = x.float() @ QuantizedLinear(layer.weight, layer.scales.float()).dequantized().T
-    error = relative_error(fast(layer)(x), exact)
-    if dtype == torch.float32:
-        assert error <= 5e-6  # the kernels add up 5632 products in fewer lanes than a matmul
+    tested = fast(layer)
+    if dtype == torch.float32:  # digits: inputs to a 2^-13 of the largest, about 4; kernels: bfloat16 throughout
+        most = 4 * 2**-13 / 12**0.5 * 1.5 if isinstance(tested, DigitLinear) else 2**-8
     else:
-        assert error <= 1.2 * relative_error(layer(x), exact)
+        most = 1.2 * relative_error(layer(x), exact)
+    assert relative_error(tested(x), exact) <= most
 
 
 def test_layers_of_any_size_are_packed_or_stay_plain():
@@ -142,9 +134,9 @@ def test_layers_of_any_size_are_packed_or_stay_plain():
 def test_a_kernel_that_is_slower_than_plain_weights_is_not_used(kind, monkeypatch):
     kernel_pays.cache_clear()
     monkeypatch.setattr("load_weights.is_faster", lambda *_: False)
-    layer = pack(nn.Sequential(QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.float32)))[0]
+    layer = pack(nn.Sequential(QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.bfloat16)))[0]
     kernel_pays.cache_clear()
-    assert isinstance(layer, CompiledQuantizedLinear)
+    assert isinstance(layer, QuantizedLinear)
 
 
 def test_int8_in_float16_does_not_overflow(fast):
@@ -187,8 +179,11 @@ def test_loaded_packed_and_saved_are_the_rounded_model(name, kind, tmp_path):
     again = load_model(tmp_path / "saved")
     assert_close(again(**batch).logits, expected, 1e-6)
     assert load_model(tmp_path / "saved", quantize=kind).state_dict().keys() == again.state_dict().keys()
-    assert_close(pack(again)(**batch).logits, expected, 1e-5)
-    assert generate(again, batch, max_new_tokens=8) == ids
+    if kind == "int8":  # inputs rounded to 14 bits
+        assert_close(pack(again)(**batch).logits, expected, 1e-3)
+        assert generate(again, batch, max_new_tokens=8) == ids
+    else:  # a CPU's kernel computes in bfloat16
+        assert_close(pack(again)(**batch).logits, expected, 0.05)
     with pytest.raises(ValueError, match="save it before pack"):
         save_checkpoint(again, case.folder, tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]  # nothing half-written
