@@ -703,7 +703,8 @@ class DeepseekVL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language.embed_tokens.weight.dtype
+        """What the decoder computes in: the dtype of its first matrix, or of a norm where no matrix is a parameter."""
+        return max(self.language.layers[0].parameters(), key=Tensor.dim).dtype
 
     @property
     def device(self) -> torch.device:

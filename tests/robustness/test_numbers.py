@@ -104,9 +104,12 @@ def test_towers_of_another_dtype():
     for name in ("vl-hybrid", "vl2-mla"):
         model, processor = load_model(golden(name).folder, dtype=torch.bfloat16), golden_model(name)[1]
         batch = processor(golden(name).conversations[0])
-        for part in (model.vision, model.aligner, model.lm_head):  # one of them, then more
+        parts = (model.vision, model.aligner, model.lm_head, model.language.embed_tokens, model.language.norm)
+        for part in parts:  # one of them, then more
             part.float()
             assert len(generate(model, batch, max_new_tokens=2)[0]) == 2
+        assert model.dtype == torch.bfloat16
+        model.train()(**batch, labels=batch["input_ids"].masked_fill(batch["images_seq_mask"], -100)).loss.backward()
         embedded = {"inputs_embeds": model.embed(torch.tensor([[1, 2]])).float()}
         assert len(generate(model, embedded, max_new_tokens=2)[0]) == 2
         model = load_model(golden(name).folder, dtype=torch.float32)
