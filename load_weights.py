@@ -813,13 +813,13 @@ class DigitLinear(Packed):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def some_rows(self, rows: Tensor) -> Tensor:
-        unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=1e-30) / 64
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_(min=1e-30).div_(64)
         x = rows / unit
         a = x.round()
-        digits = torch.cat((a, (x - a) * 128))  # which the kernel rounds, and adds 64: it wants them unsigned
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        a, b = multiply(digits, 1.0, 64, self.weight).chunk(2)
-        return torch.add(a, b, alpha=1 / 128) * unit
+        digits = torch.cat((a, x.sub_(a).mul_(128)))
+        a, b = multiply(digits, 1.0, 64, self.weight).chunk(2)  # which rounds them, and counts from 64 below zero
+        return a.add_(b, alpha=1 / 128).mul_(unit)
 
 
 class PackedQuantizedLinear(Packed):
