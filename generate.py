@@ -128,7 +128,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits: smaller; faster on a CPU")
     add("--save", metavar="DIR", help="with --quantize: write the result to this new folder, for --model the next time")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action="store_true", help="compile decode steps: slow start, faster steps (CPU: with --quantize)")
+    add("--compile", action="store_true", help="compile decode steps: slow start, then fast (CPU: quantized bfloat16)")
     add("--chunk-size", type=int, metavar="N", help="prefill N tokens at a time, to save memory")
     add("--boxes", metavar="FILE", help="draw what the answer located (DeepSeek-VL2) on the last image, and save it")
     add("--quiet", action="store_true", help="no progress on standard error")
@@ -348,7 +348,7 @@ def decode(
         yield ids.tolist() if log_probs is None else with_log_probs(ids, logits, int(log_probs))
         if step < steps - 1:
             seen = seen.scatter(1, ids[:, None], True)
-            x = model.language.embed_tokens(ids[:, None])  # these need no check, for which a GPU would wait
+            x = model.language.embed_tokens(ids[:, None])  # of chosen ids, which need no check
             logits = model(inputs_embeds=x, cache=cache).logits[:, -1]
 
 

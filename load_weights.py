@@ -702,7 +702,7 @@ class NoGradient(torch.autograd.Function):
 
 
 class Packed(nn.Module):
-    """A layer in a kernel's own layout. Its plain weight is gone, so it can neither learn nor be saved."""
+    """A layer in a kernel's own layout. Its plain weight is gone: it cannot learn, nor be written as a checkpoint."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -777,20 +777,21 @@ class HalfLinear(Packed):
 
 
 def fits_in_half(weight: Tensor) -> bool:
-    """Whether each weight is a float16, but for at most 2^-25, which is half the least of them."""
+    """Whether each weight is a finite float16, but for at most 2^-25, which is half the least of them."""
     parts = weight.split(256)  # little memory, and an early end for most that do not
-    return weight.dtype == torch.float16 or all((w.float() - w.half().float()).abs().max() <= 2**-25 for w in parts)
+    return all((w.float() - w.half().float()).abs().max() <= 2**-25 for w in parts)  # inf - inf is nan
 
 
 class DigitLinear(Packed):
     """int8 for float32 on an x86 CPU, by FBGEMM's product of 8-bit integers: nothing is dequantized, for any rows.
 
-    A row x is rounded to 14 bits in two digits, x = unit (a + b / 128), of integers from -64 to 64. So
+    A row x is rounded to 14 bits, counted from its largest value, in two digits, integers from -64 to 64: x = unit
+    (a + b / 128). So
 
         W x = unit (W a + W b / 128)
 
-    where a and b are two rows of one product, which takes hardly longer than for one. No digit is larger because
-    CPUs add two products in 16 bits: 2 x 64 x 127, or 2 x 128 x 127 as they count from 0, is less than 2^15.
+    with a and b as two rows of one product, which takes hardly longer than for one. No digit is larger because
+    CPUs add two products in 16 bits: 2 x 128 x 127, as digits count from 0 there, is less than 2^15.
     """
 
     def __init__(self, layer: QuantizedLinear):
@@ -802,15 +803,13 @@ class DigitLinear(Packed):
     @staticmethod
     def suits(module: nn.Module) -> bool:
         """Whether this is an int8 layer in float32 on an x86 CPU."""
-        is_int8 = isinstance(module, QuantizedLinear) and module.weight.dtype == torch.int8
-        if not is_int8 or module.scales.dtype != torch.float32:
+        if not isinstance(module, QuantizedLinear) or module.weight.dtype != torch.int8:
             return False
-        return agrees(DigitLinear, "int8", torch.float32, module.weight.device)
+        return module.scales.dtype == torch.float32 and agrees(DigitLinear, "int8", torch.float32, module.weight.device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both float32; some rows at a time, which takes less memory."""
-        parts = [self.some_rows(part) for part in rows.float().split(256)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([self.some_rows(part) for part in rows.float().split(256)])
 
     def some_rows(self, rows: Tensor) -> Tensor:
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
@@ -928,7 +927,7 @@ def agrees(form: type[Packed], kind: str | None, dtype: torch.dtype, device: tor
         packed = form(plain)
         with torch.inference_mode():  # as while decoding
             results = torch.cat([packed(rows) for rows in x.split((1, 4, 195))]).float()
-    except (RuntimeError, AttributeError):  # no such kernel for this device, dtype or torch
+    except (RuntimeError, AttributeError, TypeError):  # no such kernel for this device, dtype or torch
         return False
     expected = plain(x).detach().float()
     return bool((results - expected).norm() < 0.02 * expected.norm())
@@ -979,8 +978,8 @@ def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, worksp
         return layer
     if PackedLinear.suits(layer, dtype) and packing_pays():
         return PackedLinear(layer, workspace)
-    one_image_gains_less_than_packing_costs = name.startswith(("vision.", "aligner."))
-    if HalfLinear.suits(layer, dtype) and not one_image_gains_less_than_packing_costs:
+    is_for_tokens = not name.startswith(("vision.", "aligner."))  # an image gains less than this packing costs
+    if is_for_tokens and HalfLinear.suits(layer, dtype):
         return HalfLinear(layer)
     return next((form(layer) for form in (DigitLinear, PackedQuantizedLinear) if form.suits(layer)), layer)
 
@@ -988,8 +987,9 @@ def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, worksp
 def pack(model: nn.Module) -> nn.Module:
     """Repack weights for fast inference, in place; irreversible. Returns the model.
 
-    Linear layers become `PackedLinear` (bfloat16 on a CPU), `HalfLinear` (float32 on an x86 CPU), `DigitLinear` or
-    `PackedQuantizedLinear` (int8 and int4), which can neither learn nor be saved. A layer that no form suits stays.
+    Linear layers become `PackedLinear` (bfloat16 on a CPU) or `HalfLinear` (float32 on an x86 CPU), quantized ones
+    `DigitLinear` (int8 in float32 on an x86 CPU) or `PackedQuantizedLinear`. These can neither learn nor be written as
+    a checkpoint. A layer that no form suits stays.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))
@@ -1019,7 +1019,7 @@ def load_model(
         dtype: of all weights; by default as stored (for files that mix: as the embedding), but float32 for a
             float16 file on a CPU, which computes slowly in float16 and overflows early.
         quantize: "int8" or "int4": quantize the layers that `layers_to_quantize` names as they are read, so no
-            more than one of them is there in 16 bits. Files that hold quantized layers need no such option.
+            more than a few of them are there in 16 bits. Files that hold quantized layers need no such option.
         pack: as `pack` does, in less time and memory. Quantized layers that are not packed are dequantized at
             every step, which is slow.
         tokenizer: see `read_config`.
@@ -1066,7 +1066,7 @@ def load_model(
         if name in chosen:
             module = QuantizedLinear.from_weight(tensors["weight"].to(device), quantize, dtype)
         else:
-            now = None if pack and isinstance(module, nn.Linear) and device.type == "cpu" else dtype  # else by packing
+            now = None if pack and isinstance(module, nn.Linear) and device.type == "cpu" else dtype  # or packing does
             tensors = {key: converted(tensor, device, now) for key, tensor in tensors.items()}
             module.load_state_dict(tensors, strict=False, assign=True)
         if pack:
@@ -1074,8 +1074,9 @@ def load_model(
         model.set_submodule(name, module.to(dtype))
         return sum(map(len, parameters.values()))
 
-    by_fbgemm = pack and dtype == torch.float32 and device.type == "cpu" and "int4" not in (quantize, stored)
-    workers = torch.get_num_threads() if by_fbgemm else 1  # FBGEMM packs with one thread
+    by_fbgemm = pack and dtype == torch.float32 and "int4" not in (quantize, stored)
+    by_fbgemm = by_fbgemm and agrees(HalfLinear, None, dtype, device)
+    workers = min(4, torch.get_num_threads()) if by_fbgemm else 1  # it packs with one thread
     with ThreadPoolExecutor(workers) as pool:
         run, done = pool.map if workers > 1 else map, 0
         for count in run(place, *zip(*by_module(expected).items())):

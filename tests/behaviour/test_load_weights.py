@@ -1,4 +1,4 @@
-"""Configs and weights of every layout: sizes, names, values, dtypes, memory, saving, and packing in bfloat16."""
+"""Configs and weights of every layout: sizes, names, values, dtypes, memory, saving, and packing."""
 
 import copy
 import json
@@ -33,6 +33,7 @@ from load_weights import (
     checkpoint_names,
     load_model,
     pack,
+    packed,
     read_config,
     read_layout_and_config,
     save_model,
@@ -328,11 +329,11 @@ def test_private_memory_while_loading(tmp_path):
         assert expected - slack < growth < expected + slack, (dtype, options)
 
 
-# ---------------------------------------------------------------------------- packing in bfloat16
+# ---------------------------------------------------------------------------- packing in 16 bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packing_leaves_float32_as_it_is(kind, small_pair):
+def test_packing_leaves_float32_that_16_bits_do_not_hold(kind, small_pair):
     model = load_model(small_pair(kind).folder)
     before = list(model.modules())
     assert pack(model) is model
@@ -344,21 +345,23 @@ def test_float32_with_weights_in_float16(bias):
     """Where float16 holds the weights, or all but 2^-25 of each, as of a file in bfloat16: nn.Linear's results."""
     for dtype in (torch.float16, torch.bfloat16):
         linear = nn.Linear(96, 200, bias).to(dtype).float()
-        packed = pack(nn.Sequential(copy.deepcopy(linear)))[0]
+        tested = pack(nn.Sequential(copy.deepcopy(linear)))[0]
         if not agrees(HalfLinear, None, torch.float32, torch.device("cpu")):
             pytest.skip("this machine's torch has no such kernel")
-        assert isinstance(packed, HalfLinear)
+        assert isinstance(tested, HalfLinear)
         for shape in ((1, 96), (5, 96), (2, 150, 96)):
             x = torch.randn(shape)
-            assert_close(packed(x), linear.double()(x.double()), 1e-6)
-            linear.float()
+            assert_close(tested(x), linear.double()(x.double()), 1e-6)
 
 
-@pytest.mark.parametrize("value", [1 / 3, 7e4, -torch.inf])
-def test_weights_that_float16_does_not_hold_stay(value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1 / 3, 7e4, -torch.inf, torch.nan])
+def test_weights_that_float16_does_not_hold_stay(value, dtype):
+    """Also while a file of another dtype is loaded: what is not finite must be seen in the logits."""
     linear = nn.Linear(64, 300)
     linear.weight.data.zero_()[299, 63] = value
-    assert pack(nn.Sequential(linear))[0] is linear
+    fits = dtype != torch.float32 and value == 1 / 3 and agrees(HalfLinear, None, torch.float32, torch.device("cpu"))
+    assert isinstance(packed("", linear.to(dtype), torch.float32), HalfLinear) == fits
 
 
 def test_packed_bfloat16(small_pair):
