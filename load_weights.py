@@ -779,7 +779,9 @@ class HalfLinear(Packed):
 def fits_in_half(weight: Tensor) -> bool:
     """Whether each weight is a finite float16, but for at most 2^-25, which is half the least of them."""
     parts = weight.split(256)  # little memory, and an early end for most that do not
-    return all((w.float() - w.half().float()).abs().max() <= 2**-25 for w in parts)  # inf - inf is nan
+    if weight.dtype == torch.float16:
+        return all(part.abs().max() < math.inf for part in parts)
+    return all((part.float() - part.half().float()).abs().max() <= 2**-25 for part in parts)  # inf - inf is nan
 
 
 class DigitLinear(Packed):
