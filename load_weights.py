@@ -758,6 +758,8 @@ class HalfLinear(Packed):
     Products and sums are float32, those of nn.Linear, in FBGEMM, a part of torch.
     """
 
+    LEAST = 2**19  # weights: smaller layers, which caches hold, are faster as they are
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         bias = None if linear.bias is None else linear.bias.detach().float()
@@ -765,11 +767,16 @@ class HalfLinear(Packed):
 
     @staticmethod
     def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
-        """Whether float16 holds the weights of this layer in float32 on an x86 CPU. `dtype`: as of `PackedLinear`."""
+        """Whether this is a large layer in float32 on an x86 CPU whose weights float16 holds.
+
+        Args:
+            dtype: as of `PackedLinear`.
+        """
         if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.float32:
             return False
         weight = module.weight.detach()
-        return agrees(HalfLinear, None, torch.float32, weight.device) and fits_in_half(weight)
+        is_large = weight.numel() >= HalfLinear.LEAST
+        return is_large and agrees(HalfLinear, None, torch.float32, weight.device) and fits_in_half(weight)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both float32."""

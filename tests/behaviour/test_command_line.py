@@ -203,7 +203,6 @@ def test_where_nothing_compiles_one_line_says_why(when, answer, monkeypatch):
     def late(*arguments, **options):
         raise RuntimeError("\nno C++ compiler\nmore")
 
-    monkeypatch.setattr("load_weights.agrees", lambda *_: False)  # what is packed for a CPU is not compiled
     monkeypatch.setattr(torch, "compile", early if when == "before the answer" else lambda *_, **__: late)
     assert answer(f"{ASK} --compile", err=f"{warning}\n{CUT}") == by_hand()
     monkeypatch.setattr(generate.TextStream, "push", lambda self, id: "a")

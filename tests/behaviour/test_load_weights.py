@@ -341,8 +341,10 @@ def test_packing_leaves_float32_that_16_bits_do_not_hold(kind, small_pair):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_float32_with_weights_in_float16(bias):
+def test_float32_with_weights_in_float16(bias, monkeypatch):
     """Where float16 holds the weights, or all but 2^-25 of each, as of a file in bfloat16: nn.Linear's results."""
+    assert not HalfLinear.suits(nn.Linear(96, 200))  # too small to be faster
+    monkeypatch.setattr(HalfLinear, "LEAST", 0)
     for dtype in (torch.float16, torch.bfloat16):
         linear = nn.Linear(96, 200, bias).to(dtype).float()
         tested = pack(nn.Sequential(copy.deepcopy(linear)))[0]
@@ -356,8 +358,9 @@ def test_float32_with_weights_in_float16(bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [1 / 3, 7e4, -torch.inf, torch.nan])
-def test_weights_that_float16_does_not_hold_stay(value, dtype):
+def test_weights_that_float16_does_not_hold_stay(value, dtype, monkeypatch):
     """Also while a file of another dtype is loaded: what is not finite must be seen in the logits."""
+    monkeypatch.setattr(HalfLinear, "LEAST", 0)
     linear = nn.Linear(64, 300)
     linear.weight.data.zero_()[299, 63] = value
     fits = dtype != torch.float32 and value == 1 / 3 and agrees(HalfLinear, None, torch.float32, torch.device("cpu"))
