@@ -949,8 +949,8 @@ def kernel_pays(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
     if not works or device.type != "cpu":
         return works
     with device:
-        layer = QuantizedLinear.empty((1024, 8192), kind, dtype)
-        plain = nn.utils.skip_init(nn.Linear, 8192, 1024, bias=False, dtype=dtype)
+        layer = QuantizedLinear.empty((2048, 8192), kind, dtype)
+        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
     for tensor in (layer.weight, layer.scales, plain.weight.data):
         tensor.fill_(1)
     return is_faster(PackedQuantizedLinear(layer), plain)
