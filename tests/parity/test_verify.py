@@ -120,8 +120,8 @@ class OriginalProcessor:
 @pytest.fixture
 def originals(monkeypatch):
     """`import deepseek_vl` and `deepseek_vl2` find the stand-in."""
-    embedding_s = property(lambda self: self.language.embed_tokens.weight.dtype)  # layers are wide one at a time
-    monkeypatch.setattr(DeepseekVL, "dtype", embedding_s)
+    dtype = property(lambda self: self.language.embed_tokens.weight.dtype)  # the layers are wide one at a time
+    monkeypatch.setattr(DeepseekVL, "dtype", dtype)
     classes = {"deepseek_vl": ("MultiModalityCausalLM", "VLChatProcessor")}
     classes["deepseek_vl2"] = ("DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor")
     for package, (model, processor) in classes.items():
