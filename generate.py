@@ -34,7 +34,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -195,6 +195,7 @@ from load_weights import (
     load_model,
     pack,
     save_checkpoint,
+    unfinished,
 )
 from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts, check_ids
 from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes, reason
@@ -650,8 +651,8 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
     boxes = parse_boxes(answer, image.size)
     if not boxes:
         return f"the answer locates nothing, {file} is not written"
-    with whole_file(file) as unfinished:
-        draw_boxes(image, boxes).save(unfinished)
+    with unfinished(file) as hidden:
+        draw_boxes(image, boxes).save(hidden)
     return f"{len(boxes)} box{'es' * (len(boxes) > 1)} drawn in {file}"
 
 
@@ -805,22 +806,9 @@ def save_conversation(file: Path, messages: list[dict]) -> None:
     if file.suffix != ".json":
         raise ValueError(f"/save {file}: expected a name that ends in .json")
     text = json.dumps(messages, ensure_ascii=False, indent=1, default=lambda picture: picture.info["name"])
-    with whole_file(file) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
+    with unfinished(file) as hidden:
+        hidden.write_text(text + "\n", encoding="utf-8")
     tell(f"{len(messages)} messages written to {file}")
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A file to write to, which replaces `file` if nothing goes wrong. Raises: ValueError that names `file`."""
-    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        yield unfinished
-        unfinished.replace(file)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be written ({error.strerror or error})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

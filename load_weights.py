@@ -734,15 +734,14 @@ class PackedLinear(Packed):
 
     @staticmethod
     def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
-        """Whether this is a linear layer in bfloat16 on a CPU that has packed kernels.
+        """Whether this is a linear layer in bfloat16 on a CPU that has packed kernels, and gains by them.
 
         Args:
             dtype: what the layer is to be converted to; by default its own.
         """
         if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.bfloat16:
             return False
-        on_cpu = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        return on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return pays(PackedLinear, None, torch.bfloat16, module.weight.device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both bfloat16."""
@@ -874,7 +873,7 @@ class PackedQuantizedLinear(Packed):
         else:
             least = 128 if device.type == "cuda" else 64
             kind, fits = "int4", module.in_features % least == 0 and len(module.weight) % 64 == 0
-        return fits and kernel_pays(kind, module.scales.dtype, device)
+        return fits and pays(PackedQuantizedLinear, kind, module.scales.dtype, device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), in the scales' dtype."""
@@ -943,29 +942,18 @@ def agrees(form: type[Packed], kind: str | None, dtype: torch.dtype, device: tor
 
 
 @lru_cache
-def kernel_pays(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this device has torch's kernel, which on a CPU is faster than plain weights."""
-    works = agrees(PackedQuantizedLinear, kind, dtype, device)
-    if not works or device.type != "cpu":
-        return works
-    with device:
-        layer = QuantizedLinear.empty((2048, 8192), kind, dtype)
-        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
-    for tensor in (layer.weight, layer.scales, plain.weight.data):
-        tensor.fill_(1)
-    return is_faster(PackedQuantizedLinear(layer), plain)
+def pays(form: type[Packed], kind: str | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this form `agrees` here, and on a CPU multiplies one row faster than a plain layer: a short race.
 
-
-@lru_cache
-def packing_pays() -> bool:
-    """Whether this CPU multiplies one row by a packed bfloat16 weight faster than by a plain one: a short race.
-
-    A Zen 4 does, in half the time. On a Xeon with AMX steps with packed weights took 1.4 times as long. Call it only
-    where `PackedLinear.suits` a layer.
+    A Zen 4 takes half the time with packed bfloat16; on a Xeon with AMX steps took 1.4 times as long with it.
     """
-    plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=torch.bfloat16)
-    nn.init.ones_(plain.weight)
-    return is_faster(PackedLinear(plain), plain)
+    if not agrees(form, kind, dtype, device):
+        return False
+    plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
+    layer = plain if kind is None else QuantizedLinear.empty((2048, 8192), kind, dtype)
+    for tensor in (plain.weight.data, *layer.buffers()):
+        tensor.fill_(1)
+    return device.type != "cpu" or is_faster(form(layer), plain)
 
 
 @torch.inference_mode()
@@ -985,7 +973,7 @@ def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, worksp
     """
     if name.endswith(READ_AS_A_MATRIX):
         return layer
-    if PackedLinear.suits(layer, dtype) and packing_pays():
+    if PackedLinear.suits(layer, dtype):
         return PackedLinear(layer, workspace)
     is_for_tokens = not name.startswith(("vision.", "aligner."))  # an image gains less than this packing costs
     if is_for_tokens and HalfLinear.suits(layer, dtype):
@@ -1168,18 +1156,22 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
         file.chmod(mode)
 
 
+class CannotWrite(OSError, ValueError):
+    """A full disk, or a folder that is read-only."""
+
+
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """Yields a name beside `path`. What is written there becomes `path` if no error ends the block, else it is removed.
 
-    Raises: OSError that names `path`, for a full disk or a folder that is read-only.
+    Raises: CannotWrite, which names `path`.
     """
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield hidden
         hidden.replace(path)
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        raise CannotWrite(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         if hidden.is_file():

@@ -31,7 +31,7 @@ import model as model_file
 import processor as processor_file
 import vision as vision_file
 from generate import Parser, fail, note
-from load_weights import load_model
+from load_weights import load_model, unfinished
 from processor import Processor
 
 # ---------------------------------------------------------------------------- the faults
@@ -268,9 +268,8 @@ def main() -> None:
                 columns = [f"{error:.1e}" if error else "0", f"{right:.1%}"]
                 note("")
             print(f"| {fault.name} | {fault.stage} | {' | '.join(columns)} | {fault.why} |", flush=True)
-        unfinished = args.out.with_name(f"unfinished.{args.out.name}")
-        draw_ablation(rows).save(unfinished, optimize=True)
-        unfinished.replace(args.out)
+        with unfinished(args.out) as hidden:
+            draw_ablation(rows).save(hidden, optimize=True)
     except (ValueError, OSError) as error:
         fail(str(error))
 

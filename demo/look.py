@@ -16,7 +16,6 @@ import base64
 import io
 import json
 import math
-import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,7 +46,7 @@ from generate import (
     pick_dtype,
     tell,
 )
-from load_weights import load_model
+from load_weights import load_model, unfinished
 from model import DeepseekVL, ModelConfig, record
 from processor import PixelSettings, Processor, Tokenizer, fit_label, parse_boxes
 from vision import HybridConfig, PixelNorm
@@ -409,22 +408,6 @@ def draw_poster(seen: Look) -> Image.Image:
 # ---------------------------------------------------------------------------- command line
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return file.getvalue()
-
-
 def check_file(option: str, file: Path | None, *endings: str) -> None:
     """Raise ValueError where a file to write cannot be, before any time is spent."""
     if file is None:
@@ -451,10 +434,12 @@ def run(args) -> None:
         tell(f"the answer was cut off after {len(seen.steps)} tokens")
     if args.out is not None:
         page = write_page(seen, args.model.resolve().name).encode()
-        write_whole(args.out, page)
+        with unfinished(args.out) as hidden:
+            hidden.write_bytes(page)
         print(f"{args.out}: {len(seen.steps)} tokens, {len(page) / 1e6:.1f} MB")
     if args.png is not None:
-        write_whole(args.png, png(draw_poster(seen)))
+        with unfinished(args.png) as hidden:
+            draw_poster(seen).save(hidden, optimize=True)
         print(f"{args.png}: {len(seen.steps)} tokens")
 
 

@@ -15,11 +15,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch
 import torch.nn.functional as F
-from look import png, spell, to_picture, write_whole
+from look import spell, to_picture
 from PIL import Image
 
 from generate import Parser, fail
-from load_weights import load_model
+from load_weights import load_model, unfinished
 from model import record, rope_angles
 from processor import Processor, load_image, official_square, to_tensor
 from vision import causal_bias, window_partition, window_unpartition
@@ -42,11 +42,10 @@ def show(name: str, picture: Image.Image) -> None:
     """Small ones are enlarged."""
     times = max(1, 384 // max(picture.size))
     picture = picture.resize([side * times for side in picture.size], Image.Resampling.NEAREST)
-    write_whole(OUT / f"{name}.png", png(picture))
+    with unfinished(OUT / f"{name}.png") as hidden:
+        picture.save(hidden, optimize=True)
     if IN_CELLS:
-        from IPython.display import display
-
-        display(picture)
+        display(picture)  # noqa: F821 (a notebook's own)
 
 
 def heat(values: torch.Tensor) -> Image.Image:

@@ -13,10 +13,10 @@ from load_weights import (
     Packed,
     PackedQuantizedLinear,
     QuantizedLinear,
-    kernel_pays,
     layers_to_quantize,
     load_model,
     pack,
+    pays,
     save_checkpoint,
 )
 from model import MODELS, DeepseekVL
@@ -35,10 +35,10 @@ def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def kernels_win_their_races(monkeypatch):
     """Whatever this machine is busy with."""
-    kernel_pays.cache_clear()
+    pays.cache_clear()
     monkeypatch.setattr("load_weights.is_faster", lambda *_: True)
     yield
-    kernel_pays.cache_clear()
+    pays.cache_clear()
 
 
 @pytest.fixture(params=[DigitLinear, PackedQuantizedLinear])
