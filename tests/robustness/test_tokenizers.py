@@ -36,8 +36,6 @@ def assert_refused(folder, words: str) -> None:
     assert str(folder / "tokenizer.json") in message and "\n" not in message and len(message) < 400 + len(str(folder))
 
 
-# ------------------------------------------------------------------------------------ regular expressions
-
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -89,45 +87,33 @@ def test_a_long_text_does_not_backtrack_without_end(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a" * 2000)) == "a" * 2000
 
 
-# ------------------------------------------------------------------------------------ all else
-
 *CUTS, BYTES = json.loads(SMALL)["pre_tokenizer"]["pretokenizers"]
 TOKENS = json.loads(SMALL)["added_tokens"]
 (PICTURE,) = (token for token in TOKENS if token["content"] == "<image_placeholder>")
 NOT_BPE, WHITESPACE, NEW = "not a byte-level BPE tokenizer", {"type": "Whitespace"}, TOKENS[0] | {"content": "<new>"}
 BAD = [  # where in tokenizer.json, what stands there, words of the error
-    (("model", "type"), "Unigram", "Unigram"),
-    (("model", "byte_fallback"), True, "byte_fallback"),
-    (("model", "dropout"), 0.1, "dropout"),
-    (("model", "vocab"), {"a": 0}, NOT_BPE),
-    *((("model", "vocab", "zzz"), id, "whole number") for id in (-1, True, 2**63)),
-    (("model", "vocab", "zzz"), 5, "contradicts another token"),
-    (("model", "merges"), ABSENT, "merges"),
-    (("model", "merges"), ["a b c"], NOT_BPE),
-    (("model", "merges"), ["zzzz yyyy"], "zzzz"),
-    (("model", "merges"), [["x" * 10**6, "y"]], "xxx.* is missing"),
-    (("normalizer",), {"type": "NFC"}, "NFC"),
-    (("decoder",), {"type": "Metaspace"}, "Metaspace"),
-    (("pre_tokenizer",), None, NOT_BPE),
-    (("pre_tokenizer",), WHITESPACE, "ByteLevel"),
-    ((*STEPS, 0), WHITESPACE, "Whitespace"),
-    ((*STEPS, 0, "behavior"), "Removed", "Removed"),
+    (("model", "type"), "Unigram", "Unigram"), (("model", "byte_fallback"), True, "byte_fallback"),
+    (("model", "dropout"), 0.1, "dropout"), (("model", "vocab"), {"a": 0}, NOT_BPE),
+    (("model", "vocab", "zzz"), -1, "whole number"), (("model", "vocab", "zzz"), True, "whole number"),
+    (("model", "vocab", "zzz"), 2**63, "whole number"), (("model", "vocab", "zzz"), 5, "contradicts another token"),
+    (("model", "merges"), ABSENT, "merges"), (("model", "merges"), ["a b c"], NOT_BPE),
+    (("model", "merges"), ["zzzz yyyy"], "zzzz"), (("model", "merges"), [["x" * 10**6, "y"]], "xxx.* is missing"),
+    (("normalizer",), {"type": "NFC"}, "NFC"), (("decoder",), {"type": "Metaspace"}, "Metaspace"),
+    (("pre_tokenizer",), None, NOT_BPE), (("pre_tokenizer",), WHITESPACE, "ByteLevel"),
+    ((*STEPS, 0), WHITESPACE, "Whitespace"), ((*STEPS, 0, "behavior"), "Removed", "Removed"),
     ((*STEPS, -2, "individual_digits"), "false", "individual_digits is"),
     ((*STEPS, -1, "add_prefix_space"), True, "ByteLevel"),
-    (STEPS, [BYTES, *CUTS], "last step"),
-    (STEPS, [*CUTS[:-1], BYTES, CUTS[-1]], "last step"),
-    (STEPS, [BYTES, *CUTS, BYTES], "last step"),
-    (STEPS, [*CUTS, BYTES, BYTES], "last step"),
+    (STEPS, [BYTES, *CUTS], "last step"), (STEPS, [*CUTS[:-1], BYTES, CUTS[-1]], "last step"),
+    (STEPS, [BYTES, *CUTS, BYTES], "last step"), (STEPS, [*CUTS, BYTES, BYTES], "last step"),
     (("added_tokens", 0, "lstrip"), True, "lstrip"),
-    (("added_tokens",), [*TOKENS, NEW | {"id": -1}], "whole number"),
-    (("added_tokens",), [*TOKENS, NEW | {"content": "", "id": 500}], "some text"),
-    (("added_tokens",), [*TOKENS, NEW | {"content": "x" * 10**6, "id": "y" * 10**6}], "some text"),
-    (("added_tokens",), [*TOKENS, NEW], "contradicts"),  # the id of another added token
-    (("added_tokens",), [*TOKENS, NEW | {"id": 5}], "contradicts"),
-    (("added_tokens",), [*TOKENS, TOKENS[0] | {"id": 500}], "contradicts"),
-    (("added_tokens",), [*TOKENS, PICTURE | {"content": "<other>"}], "<other>.*contradicts"),
-    (("added_tokens",), [*TOKENS, NEW | {"id": 500, "special": "false"}], "expected True or False"),
-]
+    *((("added_tokens",), [*TOKENS, token], words) for token, words in (
+        (NEW | {"id": -1}, "whole number"), (NEW | {"content": "", "id": 500}, "some text"),
+        (NEW | {"content": "x" * 10**6, "id": "y" * 10**6}, "some text"), (TOKENS[0] | {"id": 500}, "contradicts"),
+        (NEW, "contradicts"), (NEW | {"id": 5}, "contradicts"),  # the id of another token
+        (PICTURE | {"content": "<other>"}, "<other>.*contradicts"),  # it would count as a picture
+        (NEW | {"id": 500, "special": "false"}, "expected True or False"),
+    )),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path, value, words", BAD, ids=map(str, range(len(BAD))))
