@@ -24,10 +24,8 @@ WORDS = """The quick brown fox can't describe DeepSeek-VL's image №7 über Ør
     ١٢٣ ½ ² ① Ⅷ 3.14159 1234567 0xFF x+=y; {"key": [1, 2]} <div class='a'>&nbsp;</div> ¡Hola! «quoted» “curly” …""".split()
 SPACES = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", *"\x0b\x1c\x1f\x85\u00a0\u200b\u2028\u3000"]
 EMOJI = ["😀", "👩‍👩‍👧", "🏳️‍🌈", "🇩🇪", "👍🏽", "❤️", "😶‍🌫️", "🦙"]
-SPECIAL = [
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>",
-    "<|User|>", "<|Assistant|>", "<｜▁pad▁｜>", "<image", "<｜end▁of", "<<image>>",
-]  # fmt: skip
+SPECIAL = """<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <image_placeholder> <image> <|ref|> <|/ref|> <|det|> <|User|>
+    <|Assistant|> <｜▁pad▁｜> <image <｜end▁of <<image>>""".split()
 QUIRKS = list("øöúÿõ÷ûýÀùÁþü")  # added tokens of the released vocabulary
 
 
@@ -106,35 +104,31 @@ def test_merges_written_as_pairs_and_named_tokens(tmp_path):
     assert all(large.is_special(id) for id in (400, 401, 402, 403))
 
 
-BEGIN, END, PICTURE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
-TEXTS = ["the cat", "  two  spaces ", f"A {PICTURE}picture", "Ω 图像 😀", "", "12\n\n34", f"the{PICTURE}"]
-
-
 def test_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
+    begin, end, picture = SPECIAL[:3]
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"the cat {i} sat on the mat and the dog {i * 7} looked" for i in range(300)))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400,
-        byte_fallback=True, control_symbols=[BEGIN, END], user_defined_symbols=[PICTURE],
+        byte_fallback=True, control_symbols=[begin, end], user_defined_symbols=[picture],
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    config = {"bos_token": {"content": BEGIN}, "eos_token": END}
+    config = {"bos_token": {"content": begin}, "eos_token": end}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ours = load_tokenizer(tmp_path)
-    for text in TEXTS:
+    for text in ("the cat", "  two  spaces ", f"A {picture}picture", "Ω 图像 😀", "", "12\n\n34", f"the{picture}"):
         ids = ours.encode(text)
         assert ids == library.encode(text)
         assert ours.decode(ids) == (" " + text if text else "")  # the space that this model puts first
         assert b"".join(map(ours.token_bytes, ids)).decode() == ours.decode(ids)
-    end = library.piece_to_id(END)
-    assert ours.eos_token_id == end and ours.bos_token_id == library.piece_to_id(BEGIN)
-    ids = ours.encode(f"the cat{END}sat")
-    assert ids == [*library.encode("the cat"), end, *library.encode("sat")]
-    assert ours.decode(ids) == f" the cat{END} sat"
+    assert (ours.bos_token_id, ours.eos_token_id) == (library.piece_to_id(begin), library.piece_to_id(end))
+    ids = ours.encode(f"the cat{end}sat")
+    assert ids == [*library.encode("the cat"), ours.eos_token_id, *library.encode("sat")]
+    assert ours.decode(ids) == f" the cat{end} sat"
     assert ours.decode(ids, skip_special_tokens=True) == " the cat sat"
-    ours.add_special_tokens([PICTURE, "<|new|>"])
+    ours.add_special_tokens([picture, "<|new|>"])
     assert ours.encode("<|new|>") == [ours.token_to_id("<|new|>")] == [library.get_piece_size()]
 
     shutil.copy(SMALL_FAMILY / "tokenizer.json", tmp_path)  # read where a folder has both
@@ -146,10 +140,9 @@ def test_missing_and_broken_files_and_texts(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{folder.name}: expected a tokenizer.json"):
             load_tokenizer(folder)
     for name, content, message in (
-        ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"),
-        ("tokenizer.json", b"[1]", "expected a JSON object"),
+        ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"), ("tokenizer.json", b"[1]", "expected a JSON object"),
         ("tokenizer.model", b"not a model", "tokenizer.model: (not a SentencePiece model|reading this needs)"),
-    ):
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)
