@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -23,17 +24,16 @@ WORDS = """The quick brown fox can't describe DeepSeek-VL's image №7 über Ør
     ١٢٣ ½ ² ① Ⅷ 3.14159 1234567 0xFF x+=y; {"key": [1, 2]} <div class='a'>&nbsp;</div> ¡Hola! «quoted» “curly” …""".split()
 SPACES = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", *"\x0b\x1c\x1f\x85\u00a0\u200b\u2028\u3000"]
 EMOJI = ["😀", "👩‍👩‍👧", "🏳️‍🌈", "🇩🇪", "👍🏽", "❤️", "😶‍🌫️", "🦙"]
-SPECIAL = [
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>",
-    "<|User|>", "<|Assistant|>", "<｜▁pad▁｜>", "<image", "<｜end▁of", "<<image>>",
-]  # fmt: skip
+SPECIAL = """<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <image_placeholder> <image> <|ref|> <|/ref|> <|det|> <|User|>
+    <|Assistant|> <｜▁pad▁｜> <image <｜end▁of <<image>>""".split()
 QUIRKS = list("øöúÿõ÷ûýÀùÁþü")  # added tokens of the released vocabulary
 
 
 def random_text(rng: random.Random) -> str:
     parts = []
     for _ in range(rng.randrange(1, 16)):
-        number, run = f"{rng.randrange(10 ** rng.randrange(1, 12))}", rng.choice("aA \n.-{'%\x00") * rng.randrange(1, 30)
+        number = str(rng.randrange(10 ** rng.randrange(1, 12)))
+        run = rng.choice("aA \n.-{'%\x00") * rng.randrange(1, 30)
         strange = "".join(rng.choices(ASSIGNED, k=rng.randrange(1, 6)))
         known = rng.choice(rng.choice([WORDS, SPACES, EMOJI, SPECIAL, QUIRKS]))
         parts += rng.choices([known, number, run, strange], weights=[5, 1, 1, 1]) + [rng.choice(["", " "])]
@@ -51,17 +51,15 @@ def assert_equals_the_library(folder, texts: int, sequences: int) -> tuple:
     """Ours, and the library's of the same file: on random texts, on random ids, on long pieces."""
     ours, library = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     rng = random.Random(0)
+    rows = [rng.choices(range(ours.vocab_size), k=rng.randrange(1, 20)) for _ in range(sequences)]  # rarely UTF-8
     for text in [*(random_text(rng) for _ in range(texts)), *LONG_PIECES]:
-        ids = ours.encode(text)
-        assert ids == library.encode(text, add_special_tokens=False).ids, repr(text[:200])
+        rows.append(ours.encode(text))
+        assert rows[-1] == library.encode(text, add_special_tokens=False).ids, repr(text[:200])
+    for ids in [*rows, [10**6]]:  # models have rows that no token uses
         for skip in (False, True):
-            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip), text[:200]
-    for _ in range(sequences):
-        ids = rng.choices(range(ours.vocab_size), k=rng.randrange(1, 20))  # mostly not valid UTF-8
-        for skip in (False, True):
-            assert ours.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip)
+            decoded = ours.decode(ids, skip_special_tokens=skip)
+            assert decoded == library.decode(ids, skip_special_tokens=skip), ids[:50]
         assert b"".join(map(ours.token_bytes, ids)).decode("utf-8", "replace") == ours.decode(ids)
-    assert ours.decode([10**6]) == library.decode([10**6]) == ""  # models have rows that no token uses
     return ours, library
 
 
@@ -93,26 +91,11 @@ def test_the_released_tokenizer():
     assert ours.is_special(n) and not ours.is_special(n - 2)
 
 
-TEXTS = {"category": "".join(ASSIGNED), "space": "x".join(map(chr, range(0x3100))) + "a \n b  \n\n \r\n"}
-REGEXES = [("category", rf"\p{{{category}}}+") for category in "LMNPS"]
-REGEXES += [("space", regex) for regex in (r"\s+", r"\S+", r"[^\s]+", r"\s+$", r"\s+(?!\S)")]
-
-
-@pytest.mark.parametrize("text, regex", REGEXES)
-def test_regular_expressions_cut_as_onigurumas(text, regex):
-    """Unicode's categories, white space, the end of a line."""
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
-    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    ours = [part for part in processor.split_pattern(step).split(TEXTS[text]) if part]
-    assert ours == [part for part, _ in split.pre_tokenize_str(TEXTS[text])]
-
-
 def test_merges_written_as_pairs_and_named_tokens(tmp_path):
     spec = json.loads((SMALL_FAMILY / "tokenizer.json").read_text(encoding="utf-8"))
-    as_strings = load_tokenizer(SMALL_FAMILY)
     spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    as_pairs = load_tokenizer(tmp_path / "tokenizer.json")
+    as_strings, as_pairs = load_tokenizer(SMALL_FAMILY), load_tokenizer(tmp_path / "tokenizer.json")
     text = "the theatre was there, and then the other"
     assert as_pairs.encode(text) == as_strings.encode(text)
     assert as_pairs.bos_token_id is None and as_strings.bos_token_id == 400  # no tokenizer_config.json beside it
@@ -121,91 +104,35 @@ def test_merges_written_as_pairs_and_named_tokens(tmp_path):
     assert all(large.is_special(id) for id in (400, 401, 402, 403))
 
 
-# ------------------------------------------------------------------------------------- sentencepiece
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory):
+def test_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    corpus = folder / "corpus.txt"
+    begin, end, picture = SPECIAL[:3]
+    corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"the cat {i} sat on the mat and the dog {i * 7} looked" for i in range(300)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
-        byte_fallback=True, control_symbols=["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
-        user_defined_symbols=["<image_placeholder>"], normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2,
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, control_symbols=[begin, end], user_defined_symbols=[picture],
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    config = {"bos_token": {"content": "<｜begin▁of▁sentence｜>"}, "eos_token": "<｜end▁of▁sentence｜>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def test_sentencepiece(sentencepiece_folder, tmp_path):
-    import sentencepiece
-
-    library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
-    ours = load_tokenizer(sentencepiece_folder)
-    texts = ["the cat", "  two  spaces ", "A <image_placeholder>picture", "Ω 图像 😀", "", "12\n\n34", "the<image_placeholder>"]
-    for text in texts:
+    config = {"bos_token": {"content": begin}, "eos_token": end}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = load_tokenizer(tmp_path)
+    for text in ("the cat", "  two  spaces ", f"A {picture}picture", "Ω 图像 😀", "", "12\n\n34", f"the{picture}"):
         ids = ours.encode(text)
         assert ids == library.encode(text)
         assert ours.decode(ids) == (" " + text if text else "")  # the space that this model puts first
         assert b"".join(map(ours.token_bytes, ids)).decode() == ours.decode(ids)
-    end = library.piece_to_id("<｜end▁of▁sentence｜>")
-    assert ours.eos_token_id == end and ours.bos_token_id == library.piece_to_id("<｜begin▁of▁sentence｜>")
-    ids = ours.encode("the cat<｜end▁of▁sentence｜>sat")
-    assert ids == [*library.encode("the cat"), end, *library.encode("sat")]
-    assert ours.decode(ids) == " the cat<｜end▁of▁sentence｜> sat"
+    assert (ours.bos_token_id, ours.eos_token_id) == (library.piece_to_id(begin), library.piece_to_id(end))
+    ids = ours.encode(f"the cat{end}sat")
+    assert ids == [*library.encode("the cat"), ours.eos_token_id, *library.encode("sat")]
+    assert ours.decode(ids) == f" the cat{end} sat"
     assert ours.decode(ids, skip_special_tokens=True) == " the cat sat"
-    ours.add_special_tokens(["<image_placeholder>", "<|new|>"])
-    assert ours.token_to_id("<|new|>") == library.get_piece_size()
-    assert ours.encode("<|new|>") == [library.get_piece_size()]
+    ours.add_special_tokens([picture, "<|new|>"])
+    assert ours.encode("<|new|>") == [ours.token_to_id("<|new|>")] == [library.get_piece_size()]
 
-    both = tmp_path / "both"  # tokenizer.json is read where a folder has both
-    both.mkdir()
-    (both / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
-    (both / "tokenizer.json").write_bytes((SMALL_FAMILY / "tokenizer.json").read_bytes())
-    assert load_tokenizer(both).encode("the cat") == load_tokenizer(SMALL_FAMILY).encode("the cat")
-
-
-# ---------------------------------------------------------------------------------------- bad input
-
-STEPS = ("pre_tokenizer", "pretokenizers")
-BAD_LAYOUTS = {  # where in tokenizer.json, what stands there, words of the error
-    "another model": (("model", "type"), "Unigram", "Unigram"),
-    "a byte without a token": (("model", "vocab"), {"a": 0}, "not a byte-level BPE tokenizer"),
-    "no merges": (("model", "merges"), KeyError, "merges"),
-    "a merge of three": (("model", "merges"), ["a b c"], "not a byte-level BPE tokenizer"),
-    "a merge of unknown tokens": (("model", "merges"), ["zzzz yyyy"], "zzzz"),
-    "byte fallback": (("model", "byte_fallback"), True, "byte_fallback"),
-    "dropout": (("model", "dropout"), 0.1, "dropout"),
-    "a normalizer": (("normalizer",), {"type": "NFC"}, "NFC"),
-    "another decoder": (("decoder",), {"type": "Metaspace"}, "Metaspace"),
-    "no pre-tokenizer": (("pre_tokenizer",), None, "not a byte-level BPE tokenizer"),
-    "pre-tokenizer without bytes": (("pre_tokenizer",), {"type": "Whitespace"}, "ByteLevel"),
-    "unknown step": ((*STEPS, 0), {"type": "Whitespace"}, "Whitespace"),
-    "another behaviour": ((*STEPS, 0, "behavior"), "Removed", "Removed"),
-    "a broken regex": ((*STEPS, 0, "pattern"), {"Regex": "[a"}, "unterminated"),
-    "prefix space": ((*STEPS, -1, "add_prefix_space"), True, "ByteLevel"),
-    "an added token that strips": (("added_tokens", 0, "lstrip"), True, "lstrip"),
-}
-
-
-@pytest.mark.parametrize("path, value, message", BAD_LAYOUTS.values(), ids=BAD_LAYOUTS)
-def test_a_layout_that_is_not_carried_out_is_refused(path, value, message, tmp_path):
-    spec = json.loads((SMALL_FAMILY / "tokenizer.json").read_text(encoding="utf-8"))
-    *parents, last = path
-    part = spec
-    for key in parents:
-        part = part[key]
-    part[last] = value
-    if value is KeyError:
-        del part[last]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path / "tokenizer.json") in str(error.value) and "\n" not in str(error.value)
+    shutil.copy(SMALL_FAMILY / "tokenizer.json", tmp_path)  # read where a folder has both
+    assert load_tokenizer(tmp_path).encode("the cat") == load_tokenizer(SMALL_FAMILY).encode("the cat")
 
 
 def test_missing_and_broken_files_and_texts(tmp_path):
@@ -213,10 +140,9 @@ def test_missing_and_broken_files_and_texts(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{folder.name}: expected a tokenizer.json"):
             load_tokenizer(folder)
     for name, content, message in (
-        ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"),
-        ("tokenizer.json", b"[1]", "expected a JSON object"),
+        ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"), ("tokenizer.json", b"[1]", "expected a JSON object"),
         ("tokenizer.model", b"not a model", "tokenizer.model: (not a SentencePiece model|reading this needs)"),
-    ):
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)
