@@ -8,22 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
+import checkpoints
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import (
-    ABSENT,
-    TRANSFORMERS,
-    VL2_SMALL,
-    assert_same_weights,
-    check_refused,
-    config_folder,
-    edit_json,
-    needs_proc,
-    private_bytes,
-    read_tensors,
-    write_weights,
-)
+from checkpoints import ABSENT, VL2_SMALL, assert_same_weights, config_folder, edit_json, read_tensors, write_weights
 from conftest import GOLDENS, KINDS, assert_close, copy_checkpoint, golden, random_batch
 from small_vl2 import GROUP_LIMITED, SIGMOID, YARN
 from torch import nn
@@ -72,13 +61,7 @@ def test_language_configs(content, changes, base, differs, tmp_path):
         assert config.vision == MODELS["deepseek-vl-1.3b"].vision  # an official config that says nothing
 
 
-def test_official_vision_configs(tmp_path):
-    """Sizes beside a preset override it."""
-    siglip = SigLIPConfig(image_size=96, patch_size=4, width=64, layers=3, heads=4, mlp_width=256)
-    sam = SAMConfig(256, width=48, layers=4, heads=4, mlp_width=192, global_layers=(1, 3), neck_channels=16,
-                    downsample_channels=(32, 64))  # fmt: skip
-    assert read_config(golden("vl-siglip").folder).vision == siglip
-    assert read_config(golden("vl-hybrid").folder).vision == HybridConfig(siglip, sam)
+def test_normalization_beside_a_preset(tmp_path):
     params, folder = "vision_config.params", copy_checkpoint("vl-hybrid", tmp_path / "model")
     changes = {f"{params}.low_res_cfg.pixel_mean": [0, 0.25, 1], f"{params}.high_res_cfg.pixel_std": [1, 2, 3]}
     edit_json(folder / "config.json", changes)
@@ -88,15 +71,13 @@ def test_official_vision_configs(tmp_path):
 
 
 def test_transformers_configs(tmp_path):
+    """What such a file leaves out has transformers' defaults; sizes that it names are read."""
+    sam = SAMConfig(80, 8, 24, 3, 3, 40, 4, global_layers=(1, 2), neck_channels=8, downsample_channels=(16, 32))
     for act, gelu in (("gelu", "exact"), ("gelu_pytorch_tanh", "tanh"), (ABSENT, "tanh")):
         changes = {"vision_config.hidden_act": act, "image_token_id": 9}
-        config = read_config(config_folder(tmp_path / str(act), TRANSFORMERS, changes))
-        sam = SAMConfig(80, 8, 24, 3, 3, 40, 4, global_layers=(1, 2), neck_channels=8, downsample_channels=(16, 32))
+        config = read_config(config_folder(tmp_path / str(act), checkpoints.TRANSFORMERS, changes))
         assert config.vision == HybridConfig(SigLIPConfig(26, 4, 32, 2, 4, 48, gelu), sam)
-        language = config.language
-        assert (language.num_key_value_heads, language.head_dim, language.rope_theta) == (2, 16, 500.0)
-        assert language.tie_word_embeddings  # transformers' default for these models, where the file says nothing
-        assert config.image_token_id == 9
+        assert config.language.tie_word_embeddings and config.image_token_id == 9
     silent = {"model_type": "deepseek_vl_hybrid", "tie_word_embeddings": False}
     config = read_config(config_folder(tmp_path / "silent", silent))
     siglip = SigLIPConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, gelu="tanh")
@@ -167,7 +148,7 @@ def test_a_tied_head(kind, small_pair, tmp_path):
         assert model.lm_head.weight is model.language.embed_tokens.weight
     folder = shutil.copytree(pair.folder, tmp_path / "model")
     edit_json(folder / "config.json", {"tie_word_embeddings": False})
-    check_refused(folder, "missing tensor lm_head.weight, expected shape [120, 48]")
+    checkpoints.check_refused(folder, "missing tensor lm_head.weight, expected shape [120, 48]")
     head = torch.randn_like(pair.ours.lm_head.weight)
     write_weights(folder, tensors | {"lm_head.weight": head})
     for tie in (False, True):
@@ -215,7 +196,7 @@ def test_a_folder_of_another_model_stays_as_it_is(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-@needs_proc
+@checkpoints.needs_proc
 def test_private_memory_while_loading(tmp_path):
     """Its peak: nothing at the file's own dtype; otherwise the model in its last form, and no more."""
     folder = copy_checkpoint("vl-siglip", tmp_path / "model")
@@ -232,22 +213,15 @@ def test_private_memory_while_loading(tmp_path):
     ):
         write_weights(folder, tensors, suffix)
         gc.collect()
-        before, seen = private_bytes(), []
+        before, seen = checkpoints.private_bytes(), []
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(load_model, folder, **options)
             while not loading.done():
-                seen.append(private_bytes())
+                seen.append(checkpoints.private_bytes())
                 time.sleep(0.001)
-            seen.append(private_bytes())
+            seen.append(checkpoints.private_bytes())
         del loading
         assert expected - slack < max(seen) - before < expected + slack, (suffix, options)
-
-
-def test_packing_leaves_float32_that_16_bits_do_not_hold(small_pair):
-    model = load_model(small_pair("hybrid").folder)
-    before = list(model.modules())
-    assert pack(model) is model
-    assert all(old is new for old, new in zip(before, model.modules(), strict=True))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoints import assert_same_weights
 from conftest import GOLDENS, assert_close, golden, golden_model, relative_error, released_model
 from torch import nn
 
@@ -143,7 +144,11 @@ def test_which_layers(name, kind):
 def test_loaded_packed_and_saved_are_the_rounded_model(name, kind, tmp_path):
     folder, (_, processor) = golden(name).folder, golden_model(name)
     batch, plain = processor(golden(name).conversations[0]), load_model(folder, dtype=torch.float32)
-    for layer in map(plain.get_submodule, layers_to_quantize(plain, kind)):
+    half = load_model(folder, dtype=torch.bfloat16, quantize=kind).state_dict()
+    for key in layers_to_quantize(plain, kind):
+        layer = plain.get_submodule(key)
+        rounded = QuantizedLinear.from_weight(layer.weight, kind, torch.bfloat16)  # from the file's own values
+        assert torch.equal(half[f"{key}.weight"], rounded.weight) and torch.equal(half[f"{key}.scales"], rounded.scales)
         layer.weight.data = QuantizedLinear.from_weight(layer.weight, kind, torch.float32).dequantized()
     expected = plain(**batch).logits
     model = load_model(folder, dtype=torch.float32, quantize=kind)
@@ -162,15 +167,6 @@ def test_loaded_packed_and_saved_are_the_rounded_model(name, kind, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # nothing half-written
 
 
-def test_weights_are_rounded_from_the_file_s_values():
-    """Not from the dtype that the rest of the model takes."""
-    folder, name = golden("vl-siglip").folder, "language.layers.1.mlp.up_proj"
-    stored = load_model(folder).get_submodule(name).weight
-    tested = load_model(folder, dtype=torch.bfloat16, quantize="int8").get_submodule(name)
-    expected = QuantizedLinear.from_weight(stored, "int8", torch.bfloat16)
-    assert torch.equal(tested.weight, expected.weight) and torch.equal(tested.scales, expected.scales)
-
-
 def test_quantize_must_be_known_and_fit_the_file(tmp_path):
     folder, target, save = golden("vl-siglip").folder, tmp_path / "eight", load_weights.save_checkpoint
     model = load_model(folder, quantize="int8")
@@ -185,28 +181,20 @@ def test_quantize_must_be_known_and_fit_the_file(tmp_path):
             refused()
 
 
-@every_kind
-@pytest.mark.parametrize("tie", [False, True])
-def test_transformers_names(tie, kind, small_pair, tmp_path):
-    """A tied head, and widths that int4 leaves alone."""
-    folder = small_pair("siglip", tie=tie).folder
-    model = load_model(folder, quantize=kind)
-    assert isinstance(model.lm_head, QuantizedLinear) == (not tie and kind == "int8")  # a width of 48 fits no group
-    load_weights.save_checkpoint(model, folder, tmp_path / "saved")
-    assert torch.equal(load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
-
-
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mla-sigmoid", "tied head"])
+@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mla-sigmoid", "siglip", "tied head"])
 def test_packing_while_loading_equals_packing_after_it(name, stored, small_pair, tmp_path):
-    """From files of every dtype, rounded or not, to every dtype: the same modules, dtypes and logits, bit by bit.
+    """From saved files of every dtype, rounded or not, to every dtype: the same modules, dtypes and logits, bit by bit.
 
     And on the device that is told, whatever torch's default device is.
     """
-    source = small_pair("siglip", tie=True).folder if name == "tied head" else golden(name).folder
+    source = golden(name).folder if name.startswith("vl") else small_pair("siglip", tie=name == "tied head").folder
     for kind in (None, "int8", "int4"):
-        folder = tmp_path / str(kind)
-        load_weights.save_checkpoint(load_model(source, dtype=stored, quantize=kind), source, folder)
+        folder, model = tmp_path / str(kind), load_model(source, dtype=stored, quantize=kind)
+        load_weights.save_checkpoint(model, source, folder)
+        assert_same_weights(load_model(folder, dtype=stored), model)
+        fits = kind == "int8" and name != "tied head" or kind == "int4" and name.startswith("vl")  # a group of 64
+        assert isinstance(model.lm_head, QuantizedLinear) == fits
         for dtype in DTYPES:
             after = pack(load_model(folder, dtype=dtype))
             with torch.device("meta"):

@@ -6,24 +6,12 @@ Each is refused with one line that says what and where, and nothing is ever run.
 import json
 import os
 import random
-import struct
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
-from checkpoints import (
-    ABSENT,
-    TRANSFORMERS,
-    VL2_SMALL,
-    assert_same_weights,
-    check_refused,
-    config_folder,
-    edit_json,
-    needs_proc,
-    private_bytes,
-    read_tensors,
-    write_weights,
-)
+from checkpoints import ABSENT, check_refused, config_folder, edit_json, read_tensors, write_weights
 from conftest import copy_checkpoint, golden
 from safetensors.torch import save_file
 
@@ -31,15 +19,12 @@ import generate
 from load_weights import load_model, read_config, save_checkpoint
 from processor import Processor
 
-# ---------------------------------------------------------------------------- configs
-
 OFFICIAL = json.loads((golden("vl-hybrid").folder / "config.json").read_text())
-CONFIGS = {"official": OFFICIAL, "transformers": TRANSFORMERS, "VL2": VL2_SMALL}
+CONFIGS = {"official": OFFICIAL, "transformers": checkpoints.TRANSFORMERS, "VL2": checkpoints.VL2_SMALL}
 LLAMA, PROJECTOR = "language_config", "aligner_config.params"
 SIGLIP, SAM = "vision_config.params.low_res_cfg", "vision_config.params.high_res_cfg"
 NAN, INFINITY, LONG = float("nan"), float("inf"), "9" * 10**6
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-GROUPS = {f"{LLAMA}.topk_method": "group_limited_greedy", f"{LLAMA}.n_group": 16, f"{LLAMA}.topk_group": 1}
 
 BAD_VALUES = {  # of each layout: keys, and values that the error names
     "official": {
@@ -67,12 +52,12 @@ BAD_VALUES = {  # of each layout: keys, and values that the error names
         f"{LLAMA}.attention_bias": [True], f"{LLAMA}.moe_layer_freq": [0],
     },
 }  # fmt: skip
+GROUPS = {f"{LLAMA}.topk_method": "group_limited_greedy", f"{LLAMA}.n_group": 16, f"{LLAMA}.topk_group": 1}
 BAD_SIZES = [  # layout, changes that do not fit each other or cannot be, words
     ("official", {f"{SIGLIP}.heads": 5}, "vision width 64 is no multiple of 5 heads"),
     ("official", {f"{SIGLIP}.patch_size": 97}, "a 96 pixel image holds no 97 pixel patch"),
     ("official", {f"{LLAMA}.num_key_value_heads": 3}, "4 attention heads cannot share 3 key/value heads evenly"),
     ("official", {f"{LLAMA}.head_dim": 15}, "heads of 15 values cannot be rotated in pairs"),
-    ("official", {f"{LLAMA}.num_attention_heads": 100}, "head"),
     ("official", {f"{SAM}.downsample_channels": [32]}, "downsample_channels is [32], expected 2 integers from 1 to"),
     ("official", {f"{LLAMA}.rope_theta": 1e-41}, "rope_theta"),  # finite at place 1, but not at 4096
     ("VL2", {"vision_config.width": 1024}, "input_dim is 1152, expected 1024"),
@@ -82,12 +67,12 @@ BAD_SIZES = [  # layout, changes that do not fit each other or cannot be, words
     ("VL2", GROUPS, "6 experts a token, of 1 in 16 groups, do not fit 64 experts"),
     ("VL2", {f"{LLAMA}.qk_rope_head_dim": 63}, "heads of 63 values cannot be rotated in pairs"),
     ("VL2", {f"{LLAMA}.rope_theta": 1, f"{LLAMA}.rope_scaling": YARN}, "rope"),
-    *(("VL2", {f"{LLAMA}.rope_scaling": YARN | {key: 5e-324}}, "rope_scaling") for key in ("beta_fast", "beta_slow")),
-    *(("VL2", {f"{LLAMA}.rope_scaling": YARN | {key: 1e300}}, "rope_scaling") for key in ("factor", "mscale")),
+    *(("VL2", {f"{LLAMA}.rope_scaling": YARN | {key: value}}, "rope_scaling")
+      for key, value in (("beta_fast", 5e-324), ("beta_slow", 5e-324), ("factor", 1e300), ("mscale", 1e300))),
     ("official", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config says gptq"),
     ("official", {f"{LLAMA}.quantization_config": {"quant_method": "fp8"}}, "quantization_config says fp8"),
     ("official", {"quantization_config": {"load_in_4bit": True}}, "quantization_config says load_in_4bit"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", BAD_VALUES)
@@ -104,8 +89,6 @@ def test_values_that_cannot_be_are_named_with_their_key(layout, tmp_path):
 def test_sizes_that_do_not_fit_each_other(layout, changes, words, tmp_path):
     check_refused(config_folder(tmp_path / "model", CONFIGS[layout], changes), "config.json", words, read=read_config)
 
-
-# ---------------------------------------------------------------------------- files that are none
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 NORM = "language_model.model.norm.weight"  # float16 [64]
@@ -126,6 +109,13 @@ def sharded(folder) -> Path:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 4000000000\n"
+BAD_INDEXES = [  # tensors and their shards, words
+    ({NORM: SHARD}, f"{SHARD}: lacks tensor {NORM}, which {INDEX} promises"),
+    ({LONG: SHARD}, f"{SHARD}: lacks tensor 999"),
+    ({NORM: SHARD.replace("2", "1", 1)}, "which model.safetensors.index.json does not list"),
+    *(({"x": place}, f"x is said to be in {place!r}, expected a file name") for place in ("../x", "/etc/passwd", 3)),
+    ({"x": LONG}, "x is said to be in '999"),
+]
 BAD_FILES = [  # name, content, words
     *(("config.json", content, "not valid JSON") for content in (b"{", b"", b"\xff\xfe", b"[" * 100_000)),
     *((name, b"{", "not valid JSON") for name in ("generation_config.json", "tokenizer.json", INDEX)),
@@ -133,8 +123,10 @@ BAD_FILES = [  # name, content, words
     ("generation_config.json", b'{"eos_token_id": "end"}', "eos_token_id is"),
     (INDEX, b"{}", "no weight_map, expected an object of tensor names and file names"),
     (INDEX, b'{"weight_map": []}', "weight_map: expected an object"),
+    *((INDEX, json.dumps({"weight_map": files}).encode(), words) for files, words in BAD_INDEXES),
     *((name, POINTER, "a git-lfs pointer and not the file")
       for name in ("config.json", "tokenizer.json", SHARD, "pytorch_model.bin")),
+    (SHARD, b"", "not a readable weight file ("), (SHARD, None, "no such file"),
 ]  # fmt: skip
 
 
@@ -142,7 +134,9 @@ BAD_FILES = [  # name, content, words
 def test_files_that_are_none(name, content, words, sharded):
     if name == "pytorch_model.bin":
         (sharded / INDEX).unlink()
-    (sharded / name).write_bytes(content)
+    (sharded / name).unlink(missing_ok=True)
+    if content is not None:
+        (sharded / name).write_bytes(content)
     check_refused(sharded, name, words)
     if name == "tokenizer.json":
         check_refused(sharded, name, words, read=Processor)
@@ -166,35 +160,9 @@ def test_no_checkpoint_and_no_weights(folder, tmp_path, capsys):
     assert hint in capsys.readouterr().err
 
 
-BAD_INDEXES = [  # changes of the index's weight_map, words
-    ({NORM: "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors: no such file"),
-    ({NORM: SHARD}, f"{SHARD}: lacks tensor {NORM}, which {INDEX} promises"),
-    ({LONG: SHARD}, f"{SHARD}: lacks tensor 999"),
-    ({NORM: ABSENT}, f"holds tensor {NORM}, which {INDEX} does not list"),
-    *(({"x": place}, f"x is said to be in {place!r}, expected a file name") for place in ("../x", "/etc/passwd", 3)),
-    ({"x": LONG}, "x is said to be in '999"),
-    ({"x": ".."}, "no such file"),
-]
-
-
-@pytest.mark.parametrize("changes, words", BAD_INDEXES)
-def test_bad_indexes(changes, words, sharded):
-    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"] | changes
-    weight_map = {name: file for name, file in weight_map.items() if file is not ABSENT}
-    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    check_refused(sharded, words)
-
-
-def test_damaged_shards(sharded):
-    raw = (sharded / SHARD).read_bytes()
+def test_in_two_shards_a_tensor_is_that_of_the_one_in_the_index(sharded):
     save_file(read_tensors(sharded / SHARD) | {NORM: torch.ones(3)}, sharded / SHARD)
-    model = load_model(sharded)  # in two shards, a tensor is that of the one in the index
-    assert_same_weights(model, load_model(golden("vl-siglip").folder))
-    (sharded / SHARD).write_bytes(raw[:-1])
-    check_refused(sharded, f"{SHARD}: not a readable weight file (")
-
-
-# ---------------------------------------------------------------------------- tensors
+    checkpoints.assert_same_weights(load_model(sharded), load_model(golden("vl-siglip").folder))
 
 
 def change_tensors(folder: Path, changes: dict, suffix: str = "safetensors") -> None:
@@ -231,23 +199,18 @@ def test_names_that_a_wrapper_left(folder):
 def test_stray_buffers_are_passed_over(folder):
     stray = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_tensors(folder, stray | {"vision_model.vision_tower.embeddings.position_ids": torch.arange(9)})
-    assert_same_weights(load_model(folder), load_model(golden("vl-siglip").folder))
+    checkpoints.assert_same_weights(load_model(folder), load_model(golden("vl-siglip").folder))
 
 
-LAYERS, EXPERTS = "language_model.model.layers", "language.model.layers.1.mlp.experts"
+LAYERS = "language_model.model.layers"
 HUGE, MANY = "sizes too large for any memory", "layers or experts of config.json"
 OTHER_MODELS = [  # checkpoint, changes of its config, words
     ("vl-siglip", {f"{LLAMA}.num_hidden_layers": 4}, f"missing tensor {LAYERS}.3.input_layernorm.weight"),
     ("vl-siglip", {f"{LLAMA}.num_hidden_layers": 2}, f"unexpected tensor {LAYERS}.2.input_layernorm.weight and 8 more"),
-    ("vl-siglip", {f"{LLAMA}.vocab_size": 511}, "has shape [512, 64], config.json says [511, 64]"),
     ("vl-siglip", {f"{LLAMA}.num_key_value_heads": 2}, "k_proj.weight has shape [64, 64], config.json says [32, 64]"),
-    ("vl-siglip", {"vision_config.params.image_size": 100}, "has shape [1, 576, 64], config.json says [1, 625, 64]"),
-    ("vl2-mla", {f"{LLAMA}.n_routed_experts": 7}, f"unexpected tensor {EXPERTS}.7.down_proj.weight"),
-    ("vl2-mla", {f"{LLAMA}.n_routed_experts": 9}, f"missing tensor {EXPERTS}.8.down_proj.weight"),
     ("vl-siglip", {"vision_config.params.width": 2**31 - 8}, HUGE),  # a product beyond 63 bits
     ("vl2-mla", {"projector_config.downsample_ratio": 10**9}, HUGE),  # a size beyond them
     # Thousands of blocks are not built.
-    ("vl-siglip", {f"{LLAMA}.num_hidden_layers": 2**30}, "1073741824 layers or experts"),
     ("vl-siglip", {f"{LLAMA}.num_hidden_layers": 19_999}, MANY),
     ("vl-siglip", {"vision_config.params.layers": 19_999}, MANY),
     ("vl-hybrid", {f"{SAM}.layers": 19_999}, MANY),
@@ -279,23 +242,22 @@ def test_wrong_quantized_tensors(tmp_path):
         write_weights(folder, before)
 
 
-# ---------------------------------------------------------------------------- damaged bytes
+def with_length(header: bytes, length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header
 
 
 def edit_header(raw: bytes, tensor: str = NORM, **changes) -> bytes:
     """A safetensors file whose header says something else of one tensor; the data stays."""
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
     header[tensor] |= changes
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :]
+    return with_length(json.dumps(header).encode()) + raw[end:]
 
 
 WRONG_HEADERS = [  # offsets beyond the data and backwards, dtypes unknown and of another width, shapes of other bytes
     {"data_offsets": [10**9, 10**9 + 128]}, {"data_offsets": [128, 0]}, {"dtype": "F17"}, {"dtype": LONG},
     {"dtype": "F32"}, {"shape": [65]}, {"shape": [2**62, 4, 64]},
 ]  # fmt: skip
-NO_HEADERS = [(100, b"{" * 200), (10**6, b'{"a":' * 200_000)]  # a length, what follows it
 
 
 def test_damaged_safetensors(folder):
@@ -303,7 +265,7 @@ def test_damaged_safetensors(folder):
     raw = edit_header(file.read_bytes(), shape=[64], dtype="F16")  # which is right
     file.write_bytes(raw)
     load_model(folder)
-    lengths = [struct.pack("<Q", length) + rest for length, rest in [*NO_HEADERS, (len(raw), raw[8:])]]
+    lengths = [with_length(raw[8:], len(raw)), with_length(b"{" * 200), with_length(b'{"a":' * 200_000)]
     headers = [edit_header(raw, **changes) for changes in WRONG_HEADERS]
     dtype_that_torch_lacks = edit_header(raw, QKV, dtype="F6_E2M3", shape=[32768])
     for damaged in (b"", raw[:100], raw[:-100], raw + bytes(100), *lengths, *headers, dtype_that_torch_lacks):
@@ -311,15 +273,14 @@ def test_damaged_safetensors(folder):
         check_refused(folder, "model.safetensors: ")
 
 
-@needs_proc
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_flipped_bits_are_refused_or_harmless(suffix, folder):
     """Damaged headers: a ValueError, or a model of the right shapes where the damage lies in unused parts."""
     shapes = {name: tensor.shape for name, tensor in load_model(folder).state_dict().items()}
     change_tensors(folder, {}, suffix)
     (file,) = folder.glob(f"*.{suffix}")
-    raw, rng, refused, before = file.read_bytes(), random.Random(0), 0, private_bytes()
-    header = 8 + struct.unpack("<Q", raw[:8])[0] if suffix == "safetensors" else 12_000
+    raw, rng, refused = file.read_bytes(), random.Random(0), 0
+    header = 8 + int.from_bytes(raw[:8], "little") if suffix == "safetensors" else 12_000
     for _ in range(50):
         damaged = bytearray(raw)
         for _ in range(rng.randint(1, 3)):
@@ -333,10 +294,7 @@ def test_flipped_bits_are_refused_or_harmless(suffix, folder):
         else:
             assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     assert refused > 25
-    assert private_bytes() - before < 100 * 2**20
 
-
-# ---------------------------------------------------------------------------- pickles
 
 NO_TENSOR = "is no ordinary tensor with a name"
 BAD_PICKLES = [  # what is pickled, words
@@ -355,22 +313,19 @@ def test_pickles_of_something_else(content, words, folder):
     check_refused(folder, "pytorch_model.bin: not a readable weight file", words)
 
 
-class RunsACommand:
-    """Unpickled without care, this runs a command."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
+class MakesAFolder:
+    """Unpickled without care."""
 
     def __reduce__(self):
-        return os.system, (f"touch '{self.proof}'",)
+        return os.mkdir, ("proof",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_nothing_in_a_pickle_is_run_and_none_is_read_in_part(zipped, folder, tmp_path):
+def test_nothing_in_a_pickle_is_run_and_none_is_read_in_part(zipped, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tensors, file = read_tensors(folder / "model.safetensors"), folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
-    hostile = tensors | {"x": RunsACommand(tmp_path / "proof")}
-    torch.save(hostile, file, _use_new_zipfile_serialization=zipped)
+    torch.save(tensors | {"x": MakesAFolder()}, file, _use_new_zipfile_serialization=zipped)
     check_refused(folder, "pytorch_model.bin: not a readable weight file (not a pickle of tensors alone)")
     assert not (tmp_path / "proof").exists()
     torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
