@@ -1,17 +1,15 @@
 """demo/convert.py: official to transformers and back, what transformers makes of it, shards, and errors."""
 
-import json
 import runpy
 from functools import partial
 
 import convert as convert_file
 import pytest
 import torch
-from checkpoints import edit_json, read_tensors
+from checkpoints import assert_same_weights, edit_json, read_tensors
 from commands import assert_refused, run_command
 from conftest import ROOT, VL_GOLDENS, assert_close, copy_checkpoint, golden
 from convert import convert
-from safetensors import safe_open
 
 from load_weights import load_model, save_checkpoint
 from processor import Processor
@@ -37,14 +35,17 @@ def test_there_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", VL_GOLDENS)
-def test_transformers_loads_the_result(name, tmp_path):
-    """Model, processor, tokenizer, chat template and end token: the same ids, pixels, logits and greedy answer."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path / "converted"
+def test_transformers_loads_the_result(name, tmp_path, monkeypatch):
+    """Model in shards, processor, tokenizer, chat template and end token: the same ids, pixels and logits."""
+    transformers, folder = pytest.importorskip("transformers"), tmp_path / "converted"
+    monkeypatch.setattr(convert_file, "SHARD_BYTES", 200_000)
     convert(golden(name).folder, folder, "transformers", torch.float32)
+    shards = [read_tensors(file) for file in folder.glob("*.safetensors")]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    assert len(sizes) > 3 and 0 < min(sizes) and max(sizes) <= 200_000
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    kind = transformers.AutoModelForImageTextToText
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    model, info = load(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     image = {"type": "image", "path": str(golden(name).folder / "images" / "1.png")}
     texts = [{"type": "text", "text": text} for text in (" What is 12 ü? ", "And", "this?\n")]
@@ -59,26 +60,6 @@ def test_transformers_loads_the_result(name, tmp_path):
             assert key not in batch or torch.equal(batch[key], expected[key])
         assert_close(model_of_ours(**batch).logits, model(**expected).logits)
     assert model.generation_config.eos_token_id == list(model_of_ours.config.end_token_ids)
-
-
-def test_shards_and_another_dtype(tmp_path, monkeypatch):
-    """No shard over the limit, none empty, an index of all; transformers and load_model read them."""
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(convert_file, "SHARD_BYTES", 100_000)
-    source, folder = golden("vl-siglip").folder, tmp_path / "new"
-    convert(source, folder, "transformers", torch.bfloat16)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 3 and {*index["weight_map"].values()} == {file.name for file in files}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            assert 0 < sum(opened.get_tensor(key).nbytes for key in opened.keys()) <= 100_000
-    right = load_model(source, dtype=torch.bfloat16).state_dict()
-    found = load_model(folder)
-    assert found.dtype == torch.bfloat16
-    assert all(torch.equal(tensor, right[key]) for key, tensor in found.state_dict().items())
-    kind = transformers.AutoModelForImageTextToText
-    assert not any(kind.from_pretrained(folder, output_loading_info=True)[1].values())
 
 
 def test_what_cannot_be_converted(tmp_path):
@@ -107,6 +88,7 @@ def test_command_line(tmp_path, capsys):
     source, new = golden("vl-siglip").folder, tmp_path / "new"
     main = partial(runpy.run_path, str(ROOT / "demo" / "convert.py"), run_name="__main__")
     done = run_command(main, [source, new, "--layout", "transformers", "--dtype", "bfloat16"], capsys)
-    assert (done.status, done.out, done.err) == (0, "", "") and load_model(new).dtype == torch.bfloat16
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert_same_weights(load_model(new), load_model(source, dtype=torch.bfloat16))
     refused = run_command(main, [source, new, "--layout", "transformers"], capsys)
     assert_refused(refused, f"error: {new}: is there already, expected the name of a new folder\n")

@@ -4,41 +4,32 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoints import assert_same_weights
 from conftest import GOLDENS, assert_close, golden, golden_model, relative_error, released_model
 from torch import nn
 
+import load_weights
 from generate import generate
-from load_weights import (
-    DigitLinear,
-    Packed,
-    PackedQuantizedLinear,
-    QuantizedLinear,
-    layers_to_quantize,
-    load_model,
-    pack,
-    pays,
-    save_checkpoint,
-)
-from model import MODELS, DeepseekVL
+from load_weights import DigitLinear, PackedQuantizedLinear, QuantizedLinear, layers_to_quantize, load_model, pack
+from model import MODELS
 
-KINDS = ["int8", "int4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(1, 9)[None]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
 
 
-def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+def random_weight(rows: int, width: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
 
 
 @pytest.fixture(autouse=True)
 def kernels_win_their_races(monkeypatch):
     """Whatever this machine is busy with."""
-    pays.cache_clear()
-    monkeypatch.setattr("load_weights.is_faster", lambda *_: True)
+    load_weights.pays.cache_clear()
+    monkeypatch.setattr(load_weights, "is_faster", lambda *_: True)
     yield
-    pays.cache_clear()
+    load_weights.pays.cache_clear()
 
 
 @pytest.fixture(params=[DigitLinear, PackedQuantizedLinear])
@@ -47,37 +38,27 @@ def fast(request) -> Callable[[QuantizedLinear], nn.Module]:
     return lambda layer: request.param(layer) if request.param.suits(layer) else layer
 
 
-# ---------------------------------------------------------------------------- rounding
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 128, 192, 256])
-def test_int4_goes_to_the_nearest_of_sixteen_values(width, dtype):
+@every_kind
+def test_weights_go_to_the_nearest_value(kind, width, dtype):
+    """Which reach to a row's largest weight, or from a group's least to its largest, but for the scales' rounding."""
     weight = random_weight(96, width)
-    layer = QuantizedLinear.from_weight(weight, "int4", dtype)
-    group = 128 if width % 128 == 0 else 64
-    assert layer.group == group and layer.scales.shape == (width // group, 96, 2) and layer.scales.dtype == dtype
-    scale, middle = layer.scales.float().transpose(0, 1).unbind(-1)  # (out, groups)
-    values = middle[..., None] + scale[..., None] * torch.arange(-8, 8)  # (out, groups, 16)
-    grouped = weight.unflatten(1, (-1, group))
+    layer = QuantizedLinear.from_weight(weight, kind, dtype)
+    scales, group = layer.scales.float(), width if kind == "int8" else 128 if width % 128 == 0 else 64
+    grouped = weight.unflatten(1, (-1, group))  # (out, groups, g)
+    if kind == "int8":
+        values, extremes = scales[:, None, None] * torch.arange(-127, 128), [grouped.abs().amax(-1)]
+    else:
+        scale, middle = scales.transpose(0, 1)[..., None].unbind(2)  # (out, groups, 1)
+        values, extremes = middle + scale * torch.arange(-8, 8), [grouped.amax(-1), grouped.amin(-1)]
+    assert layer.scales.dtype == dtype and values.shape == (96, width // group, 255 if kind == "int8" else 16)
     nearest = (grouped[..., None] - values[:, :, None]).abs().amin(-1)
     found = (grouped - layer.dequantized().float().unflatten(1, (-1, group))).abs()
     rounding = 2 * torch.finfo(dtype).eps * weight.abs().max()  # of the dequantized weight itself
     assert (found - nearest).abs().max() <= rounding
-    # The values reach from a group's least weight to its largest, but for the rounding of scale and middle.
-    assert (values[..., 0] - grouped.amin(-1)).abs().max() <= 8 * rounding
-    assert (values[..., 15] - grouped.amax(-1)).abs().max() <= 8 * rounding
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_goes_to_the_nearest_multiple_of_its_scale(dtype):
-    weight = random_weight(96, 100)
-    layer = QuantizedLinear.from_weight(weight, "int8", dtype)
-    assert layer.weight.dtype == torch.int8 and layer.scales.dtype == dtype
-    assert_close(layer.scales.float(), weight.abs().amax(1) / 127, torch.finfo(dtype).eps)
-    scales = layer.scales.float()[:, None]
-    assert torch.equal(layer.weight.float(), (weight / scales).round().clamp(-127, 127))
-    assert_close(layer.dequantized().float(), layer.weight * scales, torch.finfo(dtype).eps)
+    for extreme, reached in zip(extremes, (values[..., -1], values[..., 0])):
+        assert (reached - extreme).abs().max() <= 8 * rounding
 
 
 @every_kind
@@ -88,9 +69,6 @@ def test_weights_on_the_grid_are_kept(kind):
     assert torch.equal(QuantizedLinear.from_weight(weight, kind, torch.float32).dequantized(), weight)
 
 
-# ---------------------------------------------------------------------------- fast forms against the equation
-
-
 @pytest.mark.parametrize("rows", [1, 5, 8, 9, 13, 128, 129, 200])
 @every_kind
 def test_fast_is_exactly_the_equation(kind, rows, fast):
@@ -98,17 +76,18 @@ def test_fast_is_exactly_the_equation(kind, rows, fast):
 
     But for a CPU's kernels, whose results are bfloat16.
     """
+
+    def whole(least: int, most: int, *shape: int) -> torch.Tensor:
+        return torch.randint(least, most, shape, generator=random)
+
     random = torch.Generator().manual_seed(rows)
     if kind == "int8":
-        weight, scales = torch.randint(-127, 128, (192, 192), generator=random), torch.full((192,), 0.25)
-        layer = QuantizedLinear(weight.to(torch.int8), scales)
+        layer = QuantizedLinear(whole(-127, 128, 192, 192).to(torch.int8), torch.full((192,), 0.25))
     else:
-        weight = torch.randint(0, 256, (192, 96), generator=random).to(torch.uint8)
-        exponents = torch.randint(-3, 3, (3, 192), generator=random)
-        middle = torch.randint(-8, 8, (3, 192), generator=random) / 4
-        layer = QuantizedLinear(weight, torch.stack((2.0**exponents, middle), dim=-1))
-    x = torch.randint(-8, 9, (rows, 192), generator=random).float()
-    tested, expected = fast(layer), layer(x)
+        scales = torch.stack((2.0 ** whole(-3, 3, 3, 192), whole(-8, 8, 3, 192) / 4), dim=-1)
+        layer = QuantizedLinear(whole(0, 256, 192, 96).to(torch.uint8), scales)
+    x, tested = whole(-8, 9, rows, 192).float(), fast(layer)
+    expected = layer(x)
     if isinstance(tested, PackedQuantizedLinear) and rows <= tested.few:
         expected = expected.bfloat16().float()
     assert torch.equal(tested(x), expected)
@@ -139,7 +118,7 @@ def test_layers_of_any_size_are_packed_or_stay_plain():
 
 @every_kind
 def test_a_kernel_that_is_slower_than_plain_weights_is_not_used(kind, monkeypatch):
-    monkeypatch.setattr("load_weights.is_faster", lambda *_: False)
+    monkeypatch.setattr(load_weights, "is_faster", lambda *_: False)
     layer = pack(nn.Sequential(QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.bfloat16)))[0]
     assert isinstance(layer, QuantizedLinear)
 
@@ -151,9 +130,6 @@ def test_int8_in_float16_does_not_overflow(fast):
     assert_close(fast(layer)(x).float(), torch.full((200, 32), 640.0), 1e-3)
 
 
-# ---------------------------------------------------------------------------- loading, saving, answering
-
-
 @every_kind
 @pytest.mark.parametrize("name", MODELS)
 def test_which_layers(name, kind):
@@ -163,84 +139,62 @@ def test_which_layers(name, kind):
     assert set(layers_to_quantize(released_model(name), kind)) == linears - left
 
 
-def plainly_rounded(name: str, kind: str) -> DeepseekVL:
-    """The golden model with each weight that is to be rounded replaced by its rounded value: nn.Linear throughout."""
-    model = load_model(golden(name).folder, dtype=torch.float32)
-    for layer in layers_to_quantize(model, kind):
-        linear = model.get_submodule(layer)
-        linear.weight = nn.Parameter(QuantizedLinear.from_weight(linear.weight, kind, torch.float32).dequantized())
-    return model
-
-
 @every_kind
 @pytest.mark.parametrize("name", GOLDENS)
 def test_loaded_packed_and_saved_are_the_rounded_model(name, kind, tmp_path):
-    case, plain = golden(name), plainly_rounded(name, kind)
-    batch = golden_model(name)[1](case.conversations[0])
-    expected, ids = plain(**batch).logits, generate(plain, batch, max_new_tokens=8)
-    model = load_model(case.folder, dtype=torch.float32, quantize=kind)
+    folder, (_, processor) = golden(name).folder, golden_model(name)
+    batch, plain = processor(golden(name).conversations[0]), load_model(folder, dtype=torch.float32)
+    half = load_model(folder, dtype=torch.bfloat16, quantize=kind).state_dict()
+    for key in layers_to_quantize(plain, kind):
+        layer = plain.get_submodule(key)
+        rounded = QuantizedLinear.from_weight(layer.weight, kind, torch.bfloat16)  # from the file's own values
+        assert torch.equal(half[f"{key}.weight"], rounded.weight) and torch.equal(half[f"{key}.scales"], rounded.scales)
+        layer.weight.data = QuantizedLinear.from_weight(layer.weight, kind, torch.float32).dequantized()
+    expected = plain(**batch).logits
+    model = load_model(folder, dtype=torch.float32, quantize=kind)
     assert_close(model(**batch).logits, expected, 1e-6)
-    save_checkpoint(model, case.folder, tmp_path / "saved")
+    load_weights.save_checkpoint(model, folder, tmp_path / "saved")
     again = load_model(tmp_path / "saved")
     assert_close(again(**batch).logits, expected, 1e-6)
     assert load_model(tmp_path / "saved", quantize=kind).state_dict().keys() == again.state_dict().keys()
-    if kind == "int8":  # inputs rounded to 14 bits
-        assert_close(pack(again)(**batch).logits, expected, 1e-3)
-        assert generate(again, batch, max_new_tokens=8) == ids
-    else:  # a CPU's kernel computes in bfloat16
-        assert_close(pack(again)(**batch).logits, expected, 0.05)
-    if any(isinstance(module, Packed) for module in again.modules()):  # where there is a kernel
+    # int8's inputs are rounded to 14 bits; int4's kernel for a CPU computes in bfloat16
+    assert_close(pack(again)(**batch).logits, expected, 1e-3 if kind == "int8" else 0.05)
+    if kind == "int8":
+        assert generate(again, batch, max_new_tokens=8) == generate(plain, batch, max_new_tokens=8)
+    if any(isinstance(module, load_weights.Packed) for module in again.modules()):  # where there is a kernel
         with pytest.raises(ValueError, match="save it before pack"):
-            save_checkpoint(again, case.folder, tmp_path / "packed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]  # nothing half-written
-
-
-def test_weights_are_rounded_from_the_file_s_values():
-    """Not from the dtype that the rest of the model takes."""
-    folder, name = golden("vl-siglip").folder, "language.layers.1.mlp.up_proj"
-    stored = load_model(folder).get_submodule(name).weight
-    tested = load_model(folder, dtype=torch.bfloat16, quantize="int8").get_submodule(name)
-    expected = QuantizedLinear.from_weight(stored, "int8", torch.bfloat16)
-    assert torch.equal(tested.weight, expected.weight) and torch.equal(tested.scales, expected.scales)
+            load_weights.save_checkpoint(again, folder, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # nothing half-written
 
 
 def test_quantize_must_be_known_and_fit_the_file(tmp_path):
-    folder, target = golden("vl-siglip").folder, tmp_path / "eight"
+    folder, target, save = golden("vl-siglip").folder, tmp_path / "eight", load_weights.save_checkpoint
     model = load_model(folder, quantize="int8")
-    save_checkpoint(model, folder, target)
+    save(model, folder, target)
     for words, refused in (
         ("quantize is 'int3', expected one of int8, int4", lambda: load_model(folder, quantize="int3")),
         ("holds int8 weights, which cannot become int4", lambda: load_model(target, quantize="int4")),
-        ("expected the name of a new folder", lambda: save_checkpoint(model, folder, target)),
-        ("in a folder that is there", lambda: save_checkpoint(model, folder, tmp_path / "nowhere" / "new")),
+        ("expected the name of a new folder", lambda: save(model, folder, target)),
+        ("in a folder that is there", lambda: save(model, folder, tmp_path / "nowhere" / "new")),
     ):
         with pytest.raises(ValueError, match=words):
             refused()
 
 
-@every_kind
-@pytest.mark.parametrize("tie", [False, True])
-def test_transformers_names(tie, kind, small_pair, tmp_path):
-    """A tied head, and widths that int4 leaves alone."""
-    folder = small_pair("siglip", tie=tie).folder
-    model = load_model(folder, quantize=kind)
-    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    assert ("lm_head" in quantized) == (not tie and kind == "int8")  # a width of 48 fits no group
-    save_checkpoint(model, folder, tmp_path / "saved")
-    assert torch.equal(load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
-
-
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mla-sigmoid", "tied head"])
+@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mla-sigmoid", "siglip", "tied head"])
 def test_packing_while_loading_equals_packing_after_it(name, stored, small_pair, tmp_path):
-    """From files of every dtype, rounded or not, to every dtype: the same modules, dtypes and logits, bit by bit.
+    """From saved files of every dtype, rounded or not, to every dtype: the same modules, dtypes and logits, bit by bit.
 
     And on the device that is told, whatever torch's default device is.
     """
-    source = small_pair("siglip", tie=True).folder if name == "tied head" else golden(name).folder
-    for kind in (None, *KINDS):
-        folder = tmp_path / str(kind)
-        save_checkpoint(load_model(source, dtype=stored, quantize=kind), source, folder)
+    source = golden(name).folder if name.startswith("vl") else small_pair("siglip", tie=name == "tied head").folder
+    for kind in (None, "int8", "int4"):
+        folder, model = tmp_path / str(kind), load_model(source, dtype=stored, quantize=kind)
+        load_weights.save_checkpoint(model, source, folder)
+        assert_same_weights(load_model(folder, dtype=stored), model)
+        fits = kind == "int8" and name != "tied head" or kind == "int4" and name.startswith("vl")  # a group of 64
+        assert isinstance(model.lm_head, QuantizedLinear) == fits
         for dtype in DTYPES:
             after = pack(load_model(folder, dtype=dtype))
             with torch.device("meta"):
