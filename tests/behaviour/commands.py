@@ -1,6 +1,10 @@
 """The commands, run in this process as a shell would run them in one of their own."""
 
+import fcntl
 import io
+import pty
+import struct
+import termios
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -23,6 +27,13 @@ def run_command(main: Callable, arguments: list, capsys, stdin: bytes | None = b
         except SystemExit as end:
             status = end.code
     return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+
+def open_terminal(columns: int = 0) -> tuple[int, int]:
+    """Both ends of a terminal, ours and a program's; with 0 columns it does not say how wide it is."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return ours, theirs
 
 
 def assert_refused(result: SimpleNamespace, words: str) -> None:

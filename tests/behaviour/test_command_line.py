@@ -1,17 +1,13 @@
 """The command line: the answer alone on standard output, and every bad input one `error:` line and status 2."""
 
-import fcntl
 import io
 import os
-import pty
 import re
 import select
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +15,7 @@ from types import SimpleNamespace
 import figures
 import pytest
 import torch
-from commands import SCENE, assert_refused, run_command
+from commands import SCENE, assert_refused, open_terminal, run_command
 from conftest import DEMO, ROOT, VL_GOLDENS, copy_checkpoint, golden, golden_model
 
 import generate
@@ -162,13 +158,16 @@ def test_layers_without_a_kernel_are_told_of(run, answer, monkeypatch):
     assert "without a fast kernel here: 22, as language.layers.0." in result.err  # 3 times 7, and the head
 
 
-@pytest.mark.parametrize("seconds, dtype", [(1.0, torch.bfloat16), (3.0, torch.float32)], ids=["native", "emulated"])
-def test_auto_takes_what_is_here_and_fast(seconds, dtype, monkeypatch):
+@pytest.fixture
+def without_gpu(monkeypatch):
     for device in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(device, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("seconds, dtype", [(1.0, torch.bfloat16), (3.0, torch.float32)], ids=["native", "emulated"])
+def test_auto_takes_what_is_here_and_fast(seconds, dtype, without_gpu, monkeypatch):
     monkeypatch.setattr(generate, "matmul_seconds", {torch.float32: 2.0, torch.bfloat16: seconds}.get)
-    assert generate.pick_device("auto") == torch.device("cpu")
-    assert generate.pick_dtype("auto", torch.device("cpu")) == dtype
+    assert generate.pick_dtype("auto", generate.pick_device("auto")) == dtype
 
 
 def test_warnings_are_no_part_of_the_first_command():
@@ -197,9 +196,8 @@ def test_the_python_snippet_of_readme_runs(monkeypatch, capsys):
 
 @contextmanager
 def terminal(columns: int = 0):
-    """Inside, standard error is a terminal (0 columns: it does not say); gives a function that tells what came."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    """Inside, standard error is a terminal; gives a function that tells what it has been sent."""
+    ours, theirs = open_terminal(columns)
 
     def sent() -> str:
         text = b""
@@ -237,18 +235,15 @@ def test_progress_fits_the_window(answer, desk):
     assert any("100%" in step for step in progress) and all(len(step) < 40 for step in progress)
 
 
-@pytest.mark.parametrize("when", ["before the answer", "within it"])
-def test_where_nothing_compiles_one_line_says_why(when, answer, monkeypatch):
+@pytest.mark.parametrize("early", [True, False], ids=["before the answer", "within it"])
+def test_where_nothing_compiles_one_line_says_why(early, answer, monkeypatch):
     """On a terminal a line of its own, also below the answer's unfinished line, which may stand on the same one."""
     warning = "--compile: not possible here, going on without it (no C++ compiler)"
 
-    def early(*arguments, **options):
-        raise RuntimeError("no C++ compiler")
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler" if early else "\nno C++ compiler\nmore")
 
-    def late(*arguments, **options):
-        raise RuntimeError("\nno C++ compiler\nmore")
-
-    monkeypatch.setattr(torch, "compile", early if when == "before the answer" else lambda *_, **__: late)
+    monkeypatch.setattr(torch, "compile", fail if early else lambda *_, **__: fail)
     assert answer(f"{ASK} --compile", err=f"{warning}\n{CUT}") == by_hand()
     monkeypatch.setattr(generate.TextStream, "push", lambda self, id: "a")
     monkeypatch.setattr(generate.TextStream, "finish", lambda self: "")
@@ -256,7 +251,7 @@ def test_where_nothing_compiles_one_line_says_why(when, answer, monkeypatch):
         assert answer(f"{ASK} --compile", err="") == 12 * "a" + "\n"
         *lines, end = (line.rpartition("\r\033[K")[2] for line in sent().split("\r\n"))
     *above, summary, _ = lines
-    assert above == ([warning] if when == "before the answer" else ["", warning])
+    assert above == ([warning] if early else ["", warning])
     assert " tokens read in " in summary and end == ""
 
 
@@ -378,9 +373,7 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS, ids=lambda command: command.replace(SHORT, "")[-60:])
-def test_bad_input_is_one_line(command, run, monkeypatch):
-    for device in (torch.cuda, torch.backends.mps):
-        monkeypatch.setattr(device, "is_available", lambda: False)
+def test_bad_input_is_one_line(command, run, without_gpu):
     assert_refused(run(command), BAD_COMMANDS[command])
 
 
