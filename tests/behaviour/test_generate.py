@@ -58,16 +58,16 @@ def test_rows_end_where_transformers_end_them(small_pair, kind):
     assert [*stream(small_pair(kind, end=end).ours, one, 20)] == until_end(unended, (end,))
 
 
+ALL = dict(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2)
 OPTIONS = [  # ours, and what they are for transformers
     (dict(temperature=0.0, top_k=3, top_p=0.1), dict(do_sample=False)),
     (dict(repetition_penalty=1.5), dict(do_sample=False, repetition_penalty=1.5)),
     (dict(temperature=1.0), dict(do_sample=True, top_k=0)),
     (dict(temperature=0.6), dict(do_sample=True, top_k=0, temperature=0.6)),
-    *((options, dict(do_sample=True, top_k=0) | options) for options in (
-        dict(temperature=1.0, top_k=5), dict(temperature=1.0, top_p=0.7),
-        dict(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2),
-    )),
-]  # fmt: skip
+    (dict(temperature=1.0, top_k=5), dict(do_sample=True, top_k=5)),
+    (dict(temperature=1.0, top_p=0.7), dict(do_sample=True, top_k=0, top_p=0.7)),
+    (ALL, dict(do_sample=True) | ALL),
+]
 
 
 @pytest.mark.parametrize("options, theirs", OPTIONS)
