@@ -102,15 +102,11 @@ def test_answers_are_the_originals(name, answer, monkeypatch):
 
 
 OPTIONS = {
-    '--system "Be brief."': {"system": "Be brief."},
-    '--system ""': {"system": ""},
-    "--raw": {"raw": True},
-    "--chunk-size 3": {},
-    "--temperature 0.8 --top-k 30 --top-p 0.9 --repetition-penalty 1.3 --seed 5": {
-        "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5,
-    },
-    "--dtype bfloat16": {"dtype": torch.bfloat16},
-    "--dtype float16": {"dtype": torch.float16},
+    "--system 'Be brief.'": {"system": "Be brief."}, "--system ''": {"system": ""},
+    "--raw": {"raw": True}, "--chunk-size 3": {},
+    "--dtype bfloat16": {"dtype": torch.bfloat16}, "--dtype float16": {"dtype": torch.float16},
+    "--temperature 0.8 --top-k 30 --top-p 0.9 --repetition-penalty 1.3 --seed 5":
+        dict(temperature=0.8, top_k=30, top_p=0.9, repetition_penalty=1.3, seed=5),
 }  # fmt: skip
 
 
@@ -119,11 +115,8 @@ def test_options_do_what_they_do_in_python(options, answer):
     assert answer(f"{ASK} {options}") == by_hand(**OPTIONS[options])
 
 
-def test_default_prompt(answer):
-    assert answer(LOOK) == answer(f'{LOOK} --prompt "<image>Describe this image."')
-
-
-def test_prompt_and_picture_from_standard_input(run):
+def test_prompts_by_default_and_from_standard_input(run, answer):
+    assert answer(LOOK) == answer(f"{LOOK} --prompt '<image>Describe this image.'")
     picture, question = Path(SCENE).read_bytes(), "What does the sign say?"
     assert run(f"--image - --prompt '{question}'", stdin=picture).out == "It says PUSH.\n"
     assert run(f"--prompt - --image {SCENE}", stdin=question.encode()).out == "It says PUSH.\n"
@@ -189,9 +182,6 @@ def test_the_python_snippet_of_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(snippet, {})
     assert capsys.readouterr().out.lstrip().startswith("It says PUSH.\n")
-
-
-# ------------------------------------------------------------------------------- terminals
 
 
 @contextmanager
@@ -342,45 +332,39 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments, tmp_path):
 # What is wrong with the command: words of the one line that says so. What `generate`, the processor and the loading
 # of checkpoints refuse is in the tests of each; here is one of a kind.
 BAD_COMMANDS = {
-    "": "nothing to do: give --image, --prompt or both",
+    "": "nothing to do: give --image, --prompt or both", "--a": "unrecognized arguments: --a\n",
+    "photo.jpg": "unrecognized arguments: photo.jpg; pictures are given with --image",
+    "--prompt - --image -": "--prompt and --image both read standard input, give a file for one",
+    "--prompt \udcff\udcfe": "--prompt is not valid UTF-8", f"{ASK} --stop \udcff": "--stop is not valid UTF-8",
+    f"{ASK} --system \udcff": "--system is not valid UTF-8", f"{ASK} --stop ''": "--stop needs a text",
     f"{ASK} --max-new-tokens many": "argument --max-new-tokens: invalid int value: 'many'",
+    f"{ASK} --temperature 1 --top-p 1.1": "top_p is 1.1, expected",
     f"{ASK} --top-p 0.5": "--top-p has no effect at temperature 0, give --temperature",
     f"{ASK} --top-k 5": "--top-k has no effect at temperature 0, give --temperature",
     f"{ASK} --seed 1": "--seed has no effect at temperature 0, give --temperature",
-    f"{ASK} --stop ''": "--stop needs a text",
     f"{ASK} --raw --system Hi": "--system has no place in a --raw prompt",
-    f"{ASK} --temperature 1 --top-p 1.1": "top_p is 1.1, expected",
     f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
     f"{ASK} --quantize int8 --save model": "--save model: is there already, expected the name of a new folder",
     f"{ASK} --device cuda": "--device cuda: there is none here, expected one of cpu",
     f"{ASK} --image 'two\nlines.png'": "two lines.png: no such image file",
-    f"{LOOK} --prompt '<image> or <image>?'": "the text has 2 image markers, but 1 image is given",
     f"{ASK} --boxes found.png --image picture.png": "--boxes needs a DeepSeek-VL2",
-    "--model nowhere --prompt Hello": "--model 'nowhere' is not there, expected a checkpoint folder",
-    "--model '' --prompt Hello": "--model '' is not there, expected a checkpoint folder",
-    f"--model {'a' * 10**5} --prompt Hello": "File name too long",
-    "--model model/config.json --prompt Hello": "is a file, expected a checkpoint folder",
-    "--model . --prompt Hello": "config.json: no such file",
-    "--model damaged --prompt Hello": "damaged/model.safetensors: not a readable weight file",
-    "--model other-tokenizer --prompt Hello": "to 600, expected 0 to 511; does the tokenizer fit?",
-    "--prompt \udcff\udcfe": "--prompt is not valid UTF-8",
-    "--prompt a --system \udcff": "--system is not valid UTF-8",
-    "--prompt a --stop \udcff": "--stop is not valid UTF-8",
-    "--prompt - --image -": "--prompt and --image both read standard input, give a file for one",
-    "photo.jpg": "unrecognized arguments: photo.jpg; pictures are given with --image",
-    "--a": "unrecognized arguments: --a\n",
-}
+    f"{LOOK} --prompt '<image> or <image>?'": "the text has 2 image markers, but 1 image is given",
+    f"{ASK} --model nowhere": "--model 'nowhere' is not there, expected a checkpoint folder",
+    f"{ASK} --model ''": "--model '' is not there, expected a checkpoint folder",
+    f"{ASK} --model model/config.json": "is a file, expected a checkpoint folder",
+    f"{ASK} --model {'a' * 10**5}": "File name too long", f"{ASK} --model .": "config.json: no such file",
+    f"{ASK} --model damaged": "damaged/model.safetensors: not a readable weight file",
+    f"{ASK} --model other-tokenizer": "to 600, expected 0 to 511; does the tokenizer fit?",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("command", BAD_COMMANDS, ids=lambda command: command.replace(SHORT, "")[-60:])
+@pytest.mark.parametrize("command", BAD_COMMANDS, ids=lambda command: command.removeprefix(ASK)[-60:])
 def test_bad_input_is_one_line(command, run, without_gpu):
     assert_refused(run(command), BAD_COMMANDS[command])
 
 
-def test_where_no_picture_is_taken_none_is_spoken_of(capsys):
+def test_bad_input_elsewhere(run, monkeypatch, capsys, tmp_path):
+    """Where a program takes no pictures, and where the demo is not there."""
     assert_refused(run_command(figures.main, ["photo.jpg"], capsys), "unrecognized arguments: photo.jpg\n")
-
-
-def test_without_a_model_and_without_the_demo(run, monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "DEMO", tmp_path / "demo")
     assert_refused(run("--prompt Hello"), "error: --model is missing, expected a")

@@ -211,36 +211,26 @@ def test_chat_asks_about_pictures_and_saves_what_was_said(chat, tmp_path):
     file = tmp_path / "said.json"
     first = "--image", SCENE, "--prompt", "What is in the center?"
     questions = "What does the sign say?\nHow many shapes are there?\n"
-    done = chat(f"/clear\n/image {SCENE}\n\n{questions}/save {file}\n/quit\nnever asked\n", *first)
+    done = chat(f"/clear\n/image {SCENE}\n/image {SCENE}\n\n{questions}/save {file}\n/quit\nnever asked\n", *first)
     assert done.status == 0
     messages = json.loads(file.read_text())
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    assert messages[0] == {"role": "user", "content": "What does the sign say?", "images": [SCENE]}
+    assert messages[0] == {"role": "user", "content": "What does the sign say?", "images": [SCENE] * 2}
     assert done.out.splitlines()[1:] == [message["content"] for message in messages[1::2]]
     assert "PUSH" in messages[1]["content"] and "four" in messages[3]["content"]
     assert Processor(DEMO / "checkpoint")(messages[:3])  # as the Python interface takes them
 
 
-def test_a_picture_given_twice_is_two_pictures(chat, tmp_path):
-    file = tmp_path / "said.json"
-    done = chat(f"/image {SCENE}\n/image {SCENE}\nWhat is in the center?\n/save {file}\n", "--image", SCENE)
-    assert done.status == 0 and json.loads(file.read_text())[0]["images"] == [SCENE] * 3
-
-
 def test_bad_lines_in_chat_are_one_error_each_and_the_chat_goes_on(chat, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     wrong = {
-        "/shout": "/shout is no command",
-        "/image": "needs the name of a file",
-        "/image -": "needs the name of a file",
-        "/image nowhere.png": "no such image file",
-        f"/image {tmp_path}/text.png": "not an image",
-        "/save": "expected a name that ends in .json",
-        f"/save {tmp_path}/nowhere/a.json": "cannot be written",
+        "/shout": "/shout is no command", "/image nowhere.png": "no such image file",
+        "/image": "needs the name of a file", "/image -": "needs the name of a file",
+        f"/image {tmp_path}/text.png": "not an image", f"/save {tmp_path}/nowhere/a.json": "cannot be written",
+        "/save": "expected a name that ends in .json", "shape " * 3000: "/clear starts over",
         "<image_placeholder> and <image_placeholder>?": "2 image markers, but 1 image is given",
-        "shape " * 3000: "/clear starts over",
         "\udcff\udcfe": "the question is not valid UTF-8",
-    }
+    }  # fmt: skip
     done = chat("\n".join([*wrong, "How many stars are there?"]), "--image", SCENE)
     assert done.status == 0 and len(done.out.splitlines()) == 1
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -258,22 +248,18 @@ def test_chat_near_the_end_of_the_context(chat, tmp_path):
     assert "over the model's context of 128" in done.err.splitlines()[-1]
 
 
-NO_PLACE = {
-    "--raw": "--raw answers one question, not a --chat",
-    "--prompt -": "--chat and - both read standard input",
-    "--image -": "--chat and - both read standard input",
-    f"--image {SCENE} --boxes x.png": "--boxes answers one question, not a --chat",
+REFUSED = {  # with standard input, or with one that is closed
+    ("--chat --raw", b""): "--raw answers one question, not a --chat",
+    (f"--chat --image {SCENE} --boxes x.png", b""): "--boxes answers one question, not a --chat",
+    ("--chat --prompt -", b""): "--chat and - both read standard input",
+    ("--chat --image -", b""): "--chat and - both read standard input",
+    **{(command, None): "standard input is closed\n" for command in ("--chat", "--prompt -", "--image -")},
 }
 
 
-@pytest.mark.parametrize("options", NO_PLACE)
-def test_options_that_have_no_place_in_a_chat(options, chat):
-    assert_refused(chat("", *options.split()), NO_PLACE[options])
-
-
-@pytest.mark.parametrize("options", ["--chat", "--prompt -", "--image -"])
-def test_standard_input_that_is_closed_is_one_line(options, capsys):
-    assert_refused(run_command(main, options.split(), capsys, stdin=None), "error: standard input is closed\n")
+@pytest.mark.parametrize("command, stdin", REFUSED)
+def test_a_chat_that_cannot_be_is_refused(command, stdin, capsys):
+    assert_refused(run_command(main, command.split(), capsys, stdin), REFUSED[command, stdin])
 
 
 def test_chat_on_a_terminal():

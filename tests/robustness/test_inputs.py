@@ -32,22 +32,14 @@ def user(content, *images) -> dict:
 def test_pictures_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a b.png").write_bytes(PNG)
-    pipe = io.BytesIO(PNG)
-    for source in (
-        PNG,
-        memoryview(PNG),
-        io.BytesIO(PNG),
-        FILE,
-        SimpleNamespace(read=lambda size: pipe.read(min(size, 7))),
-        np.asarray(PICTURE),
-        ADDRESS,
-        "data:image/png;base64,\n" + base64.encodebytes(PNG).decode(),  # in lines
+    pipe, in_lines = io.BytesIO(PNG), base64.encodebytes(PNG).decode()
+    sources = [
+        PNG, memoryview(PNG), io.BytesIO(PNG), FILE, SimpleNamespace(read=lambda size: pipe.read(min(size, 7))),
+        np.asarray(PICTURE), (tmp_path / "a b.png").as_uri(), "~/a b.png", next(os.scandir(os.fsencode(tmp_path))),
+        ADDRESS, "data:;base64," + CODE.rstrip("="), "data:image/png;base64,\n" + in_lines,
         "DATA:image/png;charset=x;BASE64," + urllib.parse.quote(CODE, safe=""),
-        "data:;base64," + CODE.rstrip("="),
-        (tmp_path / "a b.png").as_uri(),
-        "~/a b.png",
-        next(os.scandir(os.fsencode(tmp_path))),
-    ):
+    ]  # fmt: skip
+    for source in sources:
         assert np.array_equal(load_image(source), PICTURE), str(source)[:40]
     assert np.array_equal(load_image(np.asarray(PICTURE.convert("L"))), PICTURE.convert("L").convert("RGB"))
 
@@ -69,8 +61,8 @@ def test_errors_do_not_repeat_their_input():
 TRANSPARENT = {
     "2 bits": "AAAADUlIRFIAAAACAAAAAQIAAAAAm/k49wAAAAJ0Uk5TAAEBlP2uAAAACklEQVR4nGNIAAAAYgBhsZh58gAAAABJRU5ErkJggg==",
     "4 bits": "AAAADUlIRFIAAAACAAAAAQQAAAAAFLnNVwAAAAJ0Uk5TAAUG+Tm3AAAACklEQVR4nGOIAgAAXABb2LRWWgAAAABJRU5ErkJggg==",
-    "16 bits": "AAAADUlIRFIAAAACAAAAARACAAAAK9A0ngAAAAZ0Uk5TEjQSNBI09CvseQAAAA9JREFUeJxjEDIBwVVgAAAVlwTP0QoWHgAAAABJRU5E"
-    "rkJggg==",
+    "16 bits": "AAAADUlIRFIAAAACAAAAARACAAAAK9A0ngAAAAZ0Uk5TEjQSNBI09CvseQAAAA9JREFUeJxjEDIBwVVgAAAVlwTP0QoWHgAAAABJRU5"
+    "ErkJggg==",
 }
 
 
@@ -84,12 +76,9 @@ def test_transparency_is_in_the_file_s_own_scale(kind):
 def test_parts_of_other_tools():
     tested = golden_model("vl-siglip")[1]
     expected = tested([user("<image>What?", PICTURE)])
-    for part in (
-        {"type": "image_url", "image_url": {"url": ADDRESS}},
-        {"type": "image_url", "image_url": ADDRESS},
-        {"type": "image", "base64": CODE},
-        {"type": "image", "base64": ADDRESS},
-    ):
+    parts = [{"type": "image_url", "image_url": {"url": ADDRESS}}, {"type": "image_url", "image_url": ADDRESS}]
+    parts += [{"type": "image", "base64": CODE}, {"type": "image", "base64": ADDRESS}]
+    for part in parts:
         batch = tested([user([part, {"type": "text", "text": "What?"}])])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
