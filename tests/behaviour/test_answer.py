@@ -12,24 +12,22 @@ from pathlib import Path
 import answer
 import pytest
 from checkpoints import edit_json
-from commands import assert_refused, run_command
-from conftest import ROOT, VL2_GOLDENS, VL_GOLDENS, copy_checkpoint, golden, golden_model
+from commands import FLOAT32, PHOTO, SCENE, assert_refused, run_command
+from conftest import DEMO, GOLDENS, copy_checkpoint, golden, golden_model
 
 from generate import generate
 
-DEMO = ROOT / "demo"
-SCENE, PHOTO = str(DEMO / "images" / "scene.png"), str(DEMO / "images" / "photo.png")
 ANSWERED = [  # what README and test_demo.py show of the demo checkpoint
     ({"id": "sign", "prompt": "What does the sign say?", "images": [SCENE]}, "It says PUSH."),
     ({"id": 7, "prompt": "Where is the green circle?", "images": [PHOTO]}, "The green circle is in the top right."),
     ({"id": "text", "prompt": "Read the text.", "images": [PHOTO]}, "It says 36."),
 ]
-FLOAT32 = ["--dtype", "float32", "--device", "cpu"]
 
 
 def write(file: Path, lines: list) -> Path:
     """Lines of JSON; bytes are written as they are."""
-    file.write_bytes(b"".join(x if isinstance(x, bytes) else json.dumps(x).encode() + b"\n" for x in lines))
+    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    file.write_bytes(b"\n".join([*encoded, b""]))
     return file
 
 
@@ -44,20 +42,20 @@ def run(tmp_path, monkeypatch, capsys):
     return lambda *options, to="a.jsonl": run_command(answer.main, ["q.jsonl", to, *options, *FLOAT32], capsys)
 
 
-@pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+@pytest.mark.parametrize("name", GOLDENS)
 def test_a_batch_gives_the_answers_of_each_question_alone(name, run, tmp_path):
     model, processor = golden_model(name)
     prompts = "What is this?", "Tell me all about it, from the left to the right.", "Why?", "<image>And<image>now?"
-    pictures = sorted(str(file) for file in (golden(name).folder / "images").iterdir())
-    picked = [pictures[:1], pictures[1:2], [], pictures[2:4]]
-    lines = [{"id": i, "prompt": prompt, "images": images} for i, (prompt, images) in enumerate(zip(prompts, picked))]
+    first, second, *others = sorted(str(file) for file in (golden(name).folder / "images").iterdir())
+    pictures = [first], [second], [], others[:2]
+    lines = [{"id": i, "prompt": prompt, "images": images} for i, (prompt, images) in enumerate(zip(prompts, pictures))]
     write(tmp_path / "q.jsonl", lines)
     run("--model", golden(name).folder, "--batch-size", 5, "--max-new-tokens", 12)
     for line, record in zip(lines, read(tmp_path / "a.jsonl"), strict=True):
         message = {"role": "user", "content": line["prompt"], "images": line["images"]}
         (ids,) = generate(model, processor([message]), max_new_tokens=12)
-        tags = processor.decode(ids, skip_special_tokens=False) if "<|" in record["answer"] else processor.decode(ids)
-        assert record["answer"] == tags.strip() and record.get("cut", False) == (ids[-1] != processor.eos_token_id)
+        expected = processor.decode(ids, skip_special_tokens="<|" not in record["answer"])  # but for tags of boxes
+        assert record["answer"] == expected.strip() and record.get("cut", False) == (ids[-1] != processor.eos_token_id)
 
 
 def test_a_long_prompt_in_a_batch_does_not_cut_the_answers_of_others(run, tmp_path):
@@ -71,36 +69,31 @@ def test_a_long_prompt_in_a_batch_does_not_cut_the_answers_of_others(run, tmp_pa
     assert "answer" in first and "answer" in second and "over the model's context of 200" in third["error"]
 
 
-BAD_LINES = {
-    b"{cut": "line N: Expecting",
-    b"[1]": "line N: expected",
-    b"\xff": "line N: ",
-    b"[" * 100_000: "line N: ",
-    b'{"prompt": "x"}': "line N: expected",
-    b'{"id": true, "prompt": "x"}': "line N: expected",
-    b'{"id": "a"}': "line N: expected",
-    b'{"id": "b", "prompt": "x", "image": "a.png"}': "line N: expected",
-    b'{"id": "c", "prompt": "x", "images": "a.png"}': "line N: expected",
-    b'{"id": "d", "prompt": "x", "images": ["-"]}': "line N: expected",
+BAD_LINES = {  # and what the error begins with
+    b"{cut": "line 2: Expecting", b"[1]": "line 3: expected", b"\xff": "line 4: ", b"[" * 100_000: "line 5: ",
+    b'{"prompt": "x"}': "line 6: expected", b'{"id": true, "prompt": "x"}': "line 7: expected",
+    b'{"id": "a"}': "line 8: expected", b'{"id": "b", "prompt": "x", "image": "a.png"}': "line 9: expected",
+    b'{"id": "c", "prompt": "x", "images": "a.png"}': "line 10: expected",
+    b'{"id": "d", "prompt": "x", "images": ["-"]}': "line 11: expected",
     b'{"id": "e", "prompt": "x", "images": ["no.png"]}': "no.png: no such image file",
     b'{"id": "f", "prompt": "<image><image>", "images": ["%s"]}' % SCENE.encode(): "the text has 2 image markers",
     b'{"id": "g", "prompt": "\\ud800"}': "text with a lone surrogate",
     b'{"id": "h", "prompt": "%s"}' % (b"Why? " * 5000): "the prompt has at least",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_bad_lines_get_an_error_each_and_the_others_an_answer_in_their_order(batch_size, run, tmp_path):
     first, *others = [question for question, _ in ANSWERED]
-    write(tmp_path / "q.jsonl", [first, *(line + b"\n" for line in BAD_LINES), b" \r\n", *others])
+    write(tmp_path / "q.jsonl", [first, *BAD_LINES, b" \r", *others])
     done = run("--batch-size", batch_size)
     before, *bad, after, last = read(tmp_path / "a.jsonl")
     answers = [{"id": question["id"], "answer": text} for question, text in ANSWERED]
     assert [before, after, last] == answers and (done.status, done.out) == (0, "")
     assert f"3 of {len(BAD_LINES) + 3} questions answered, {len(BAD_LINES)} errors" in done.err
     assert {file.name for file in tmp_path.iterdir()} == {"q.jsonl", "a.jsonl"}
-    for number, (line, words, record) in enumerate(zip(BAD_LINES, BAD_LINES.values(), bad, strict=True), start=2):
-        assert record["error"].startswith(words.replace("N", f"{number}")) and len(record["error"]) < 600
+    for (line, words), record in zip(BAD_LINES.items(), bad, strict=True):
+        assert record["error"].startswith(words) and len(record["error"]) < 600
         assert record["id"] == (chr(line[8]) if line.startswith(b'{"id": "') else None) and len(record) == 2
 
 
@@ -112,25 +105,26 @@ def test_ids_of_any_text_come_back(run, tmp_path):
         assert [record["id"] for record in read(tmp_path / "a.jsonl")] == ids
 
 
-# What the command refuses before it loads anything: files, options, words of the error.
 GOOD = json.dumps(ANSWERED[0][0]) + "\n"
-REFUSED = {
-    "no file": ({}, [], "q.jsonl: no such file"),
-    "empty": ({"q.jsonl": "\n \n"}, [], "q.jsonl: holds no questions"),
-    "id twice": ({"q.jsonl": GOOD + "\n" + GOOD}, [], "q.jsonl: lines 1 and 3 have the same id 'sign'"),
-    "other file": ({"q.jsonl": GOOD, "a.jsonl": "my notes"}, [], "a.jsonl: line 1 answers none of the questions"),
-    "other answers": ({"q.jsonl": GOOD, "a.jsonl": '{"id": 3, "answer": ""}\n'}, [], "a.jsonl: line 1 answers none"),
-    "batch size": ({"q.jsonl": GOOD}, ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
-    "longest": ({"q.jsonl": GOOD}, ["--max-new-tokens", "0"], "max_new_tokens is 0, expected"),
-    "model": ({"q.jsonl": GOOD}, ["--model", "none"], "none/config.json: no such file"),
-}
+TAKEN = "a.jsonl: line 1 answers none of the questions"
+REFUSED = [  # questions, answers, options, words of the error
+    (None, None, "", "q.jsonl: no such file"),
+    ("\n \n", None, "", "q.jsonl: holds no questions"),
+    (GOOD + "\n" + GOOD, None, "", "q.jsonl: lines 1 and 3 have the same id 'sign'"),
+    (GOOD, "my notes", "", TAKEN),
+    (GOOD, '{"id": 3, "answer": ""}\n', "", TAKEN),
+    (GOOD, None, "--batch-size 0", "--batch-size 0: expected at least 1"),
+    (GOOD, None, "--max-new-tokens 0", "max_new_tokens is 0, expected"),
+    (GOOD, None, "--model none", "none/config.json: no such file"),
+]
 
 
-@pytest.mark.parametrize("files, options, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_one_line_and_changes_no_file(files, options, message, run, tmp_path):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    assert_refused(run(*options), message)
+@pytest.mark.parametrize("asked, answered, options, message", REFUSED)
+def test_what_cannot_be_is_one_line_and_changes_no_file(asked, answered, options, message, run, tmp_path):
+    files = {name: text for name, text in (("q.jsonl", asked), ("a.jsonl", answered)) if text is not None}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert_refused(run(*options.split()), message)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
 
 
@@ -142,42 +136,41 @@ def test_answers_go_to_a_file_of_their_own(run, tmp_path):
 
 
 def test_a_part_cut_anywhere_is_repaired(tmp_path):
-    questions = write(tmp_path / "q.jsonl", [question for question, _ in ANSWERED])
-    parsed, answers = answer.read_questions(questions), tmp_path / "a.jsonl"
+    questions = answer.read_questions(write(tmp_path / "q.jsonl", [question for question, _ in ANSWERED]))
     whole = [{"id": question["id"], "answer": text + " 猫"} for question, text in ANSWERED]
-    part = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole).encode()
-    (tmp_path / "a.jsonl.new").write_bytes(part[:5])  # of a stop while parts were joined
-    for cut in range(len(part) + 1):
-        for rank, piece in ((0, b""), (11, part[:cut])):
-            (tmp_path / f"a.jsonl.part-{rank}").write_bytes(piece)
+    written = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole).encode()
+    answers = tmp_path / "a.jsonl"
+    parts = [tmp_path / f"a.jsonl.part-{rank}" for rank in (0, 11)]
+    (tmp_path / "a.jsonl.new").write_bytes(written[:5])  # of a stop while parts were joined
+    for cut in range(len(written) + 1):
+        parts[0].touch()
+        parts[1].write_bytes(written[:cut])
         answers.unlink(missing_ok=True)
-        answer.join_parts(answers, parsed, ended=False)
-        assert (read(answers) if answers.exists() else []) == whole[: part[:cut].count(b"\n")]
-        answers.write_bytes(part[:cut])  # the file itself, as some copy of it may be
-        answer.join_parts(answers, parsed, ended=False)
-        assert read(answers) == whole[: part[:cut].count(b"\n")]
-        assert answers.exists() and not list(tmp_path.glob("a.jsonl.part-*"))
-    for rank in (0, 1):  # of a stop between the last two steps: joined, but not yet removed
-        (tmp_path / f"a.jsonl.part-{rank}").write_bytes(part[part.index(b"\n") + 1 :])
-    answer.join_parts(answers, parsed, ended=True)
+        answer.join_parts(answers, questions, ended=False)
+        assert (read(answers) if answers.exists() else []) == whole[: written[:cut].count(b"\n")]
+        answers.write_bytes(written[:cut])  # the file itself, as some copy of it may be
+        answer.join_parts(answers, questions, ended=False)
+        assert read(answers) == whole[: written[:cut].count(b"\n")]
+        assert not any(part.exists() for part in parts)
+    for part in parts:  # of a stop between the last two steps: joined, but not yet removed
+        part.write_bytes(written[written.index(b"\n") + 1 :])
+    answer.join_parts(answers, questions, ended=True)
     assert read(answers) == whole and not list(tmp_path.glob("a.jsonl.*"))
 
 
 def test_a_second_run_asks_only_what_has_no_answer(run, tmp_path):
+    """The answer that is there stays, an error is asked again, and a question is new."""
     picture, answers = tmp_path / "picture.png", tmp_path / "a.jsonl"
     lines = [ANSWERED[0][0], {"id": "late", "prompt": "Read the text.", "images": [str(picture)]}]
     kept = {"id": "sign", "answer": "an answer that the model would not give"}
-    late, new = {"id": "late", "answer": "It says 36."}, {"id": "new", "answer": "It says 36."}
     write(tmp_path / "q.jsonl", lines)
     write(answers, [kept])
     assert "1 of 2 questions answered before" in run().err
     assert read(answers)[0] == kept and "no such image file" in read(answers)[1]["error"]
     shutil.copyfile(PHOTO, picture)
+    write(tmp_path / "q.jsonl", [*lines, ANSWERED[2][0]])
     run()
-    assert read(answers) == [kept, late]
-    write(tmp_path / "q.jsonl", [*lines, {"id": "new", "prompt": "Read the text.", "images": [PHOTO]}])
-    run()
-    assert read(answers) == [kept, late, new]
+    assert read(answers) == [kept, {"id": "late", "answer": "It says 36."}, {"id": "text", "answer": "It says 36."}]
 
 
 def start_two(folder: Path, *options) -> subprocess.Popen:
@@ -188,27 +181,24 @@ def start_two(folder: Path, *options) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def children(parent: int) -> Path:
-    """The file in which Linux lists the processes that a process's main thread has started."""
-    return Path(f"/proc/{parent}/task/{parent}/children")
+CHILDREN = "/proc/{0}/task/{0}/children"  # where Linux lists the processes that a process's main thread has started
 
 
-@pytest.mark.skipif(not children(os.getpid()).exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not os.path.exists(CHILDREN.format(os.getpid())), reason="needs Linux's /proc")
 def test_two_processes_killed_midway_and_started_again(run, tmp_path):
     """Of twelve questions the fourth's picture is missing, and the sixth is no JSON."""
-    options = ["--model", golden("vl-siglip").folder, "--batch-size", 1, "--max-new-tokens", 100]
+    folder, parts = golden("vl-siglip").folder, [tmp_path / f"a.jsonl.part-{rank}" for rank in range(2)]
+    options = ["--model", folder, "--batch-size", 1, "--max-new-tokens", 100]
     lines = [{"id": i, "prompt": "Describe this image.", "images": [f"{i}.png"]} for i in range(12)]
-    for line in lines:
-        shutil.copyfile(golden("vl-siglip").folder / "images" / f"{line['id'] % 4}.png", tmp_path / f"{line['id']}.png")
-    lines[3]["images"], lines[5] = ["missing.png"], b"{cut\n"
-    write(tmp_path / "q.jsonl", lines)
+    for i in {*range(12)} - {3}:
+        shutil.copyfile(folder / "images" / f"{i % 4}.png", tmp_path / f"{i}.png")
+    write(tmp_path / "q.jsonl", [*lines[:5], b"{cut", *lines[6:]])
     run(*options, to="whole.jsonl")
     process = start_two(tmp_path, *options)
-    parts = [tmp_path / f"a.jsonl.part-{rank}" for rank in range(2)]
     while not all(part.exists() and b"\n" in part.read_bytes() for part in parts):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    os.kill(int(children(process.pid).read_text().split()[-1]), signal.SIGKILL)
+    os.kill(int(Path(CHILDREN.format(process.pid)).read_text().split()[-1]), signal.SIGKILL)
     process.communicate()
     assert process.returncode and not (tmp_path / "a.jsonl").exists()
     records = [json.loads(line) for part in parts for line in part.read_bytes().split(b"\n")[:-1]]
@@ -224,7 +214,7 @@ def test_two_processes_killed_midway_and_started_again(run, tmp_path):
 
 
 def test_an_error_under_torchrun_is_told(tmp_path):
-    write(tmp_path / "q.jsonl", [b"\n"])
+    write(tmp_path / "q.jsonl", [b""])
     process = start_two(tmp_path)
     _, said = process.communicate()
     assert process.returncode and "error: process 0: q.jsonl: holds no questions\n" in said

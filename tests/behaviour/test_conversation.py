@@ -1,39 +1,26 @@
 """Ways to ask: several turns, embeddings, several answers, stop texts, log probabilities, raw text, chat."""
 
-import io
+import fcntl
 import json
 import os
-import pty
 import shutil
-import struct
 import subprocess
 import sys
 import termios
-from fcntl import ioctl
 
 import pytest
 import torch
 from checkpoints import edit_json
-from commands import assert_refused, run_command
-from conftest import (
-    KINDS,
-    ROOT,
-    VL2_GOLDENS,
-    VL_GOLDENS,
-    alone,
-    assert_close,
-    encode_images,
-    golden_model,
-    random_batch,
-)
+from commands import FLOAT32, SCENE, assert_refused, open_terminal, run_command
+from conftest import DEMO, GOLDENS, KINDS, ROOT, alone, assert_close, encode_images, golden_model, random_batch
 from PIL import Image
 
 from generate import ConversationCache, TextStream, generate, main, stream
 from processor import Processor
 
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
-
-every_golden = pytest.mark.parametrize("name", VL_GOLDENS + VL2_GOLDENS)
+every_golden = pytest.mark.parametrize("name", GOLDENS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 LIMIT = 8
 
 
@@ -61,14 +48,14 @@ def seen(monkeypatch):
 
 # ---------------------------------------------------------------------------- several turns
 
+COMPILED = [("vl-siglip", True), ("vl2-mla", True)]  # steps of a fixed shape, as for the compiler
 
-@pytest.mark.parametrize(
-    "name, fixed_shape", [(name, False) for name in VL_GOLDENS + VL2_GOLDENS] + [("vl-siglip", True), ("vl2-mla", True)]
-)
+
+@pytest.mark.parametrize("name, fixed_shape", [(name, False) for name in GOLDENS] + COMPILED)
 def test_a_later_turn_equals_a_fresh_start(name, fixed_shape, seen, monkeypatch):
     """Of answers to the limit and stopped early. With the third picture DeepSeek-VL2 cuts other tiles of all."""
     model, processor = golden_model(name)
-    monkeypatch.setattr(model, "fixed_shape_steps", fixed_shape)  # as for compiled steps
+    monkeypatch.setattr(model, "fixed_shape_steps", fixed_shape)
     cache, messages, pictures = ConversationCache(model), [], seen(model)
     options = dict(repetition_penalty=1.3, chunk_size=100)
     turns = [([picture(0)], 3), ([], LIMIT), ([picture(1)], LIMIT), ([picture(2)], 3)]
@@ -93,18 +80,22 @@ def test_a_later_turn_equals_a_fresh_start(name, fixed_shape, seen, monkeypatch)
     assert generate(model, batch, LIMIT, cache=cache, **options) == generate(model, batch, LIMIT, **options)
 
 
-def test_a_cache_has_one_conversation(small_pair):
+def test_what_a_cache_does_not_take(small_pair, monkeypatch):
     model, batch = small_pair("siglip").ours, random_batch("siglip")
-    x = model.embed(batch["input_ids"], encode_images(model, batch))
-    for wrong, options in ((batch, {}), ({"inputs_embeds": x[:1]}, {}), (alone(batch, 0), {"n": 2, "temperature": 1})):
+    cache, one = ConversationCache(model), alone(batch, 0)
+    x = model.embed(one["input_ids"], encode_images(model, one))
+    for wrong, options in ((batch, {}), ({"inputs_embeds": x}, {}), (one, {"n": 2, "temperature": 1})):
         with pytest.raises(ValueError, match="a cache continues one conversation"):
-            generate(model, wrong, 3, cache=ConversationCache(model), **options)
+            generate(model, wrong, 3, cache=cache, **options)
+    monkeypatch.setattr(model, "fixed_shape_steps", True)
+    with pytest.raises(ValueError, match="the cache was made before compile_steps"):
+        generate(model, one, 3, cache=cache)
 
 
 # ---------------------------------------------------------------------------- embeddings, several answers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_from_embeddings_equals_from_ids(small_pair, kind):
     model, batch = small_pair(kind).ours, random_batch(kind)
     x = model.embed(batch["input_ids"], encode_images(model, batch))
@@ -117,19 +108,20 @@ def test_from_embeddings_equals_from_ids(small_pair, kind):
 
 
 def test_embeddings_of_another_shape(small_pair):
-    model = small_pair("siglip").ours
-    for shape in ((1, 4, 47), (4, 48)):
-        with pytest.raises(ValueError, match=r"inputs_embeds has shape \[.*expected \[B, T, 48\]"):
-            model(inputs_embeds=torch.zeros(shape))
-    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
-        generate(model, {"attention_mask": torch.ones(1, 4)})
-    with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 9\]: expected \[1, 4\]"):
-        generate(model, {"inputs_embeds": torch.zeros(1, 4, 48), "attention_mask": torch.ones(1, 9)})
+    x = torch.zeros(1, 4, 48)
+    for wrong, message in (
+        ({"inputs_embeds": x[..., 1:]}, r"inputs_embeds has shape \[1, 4, 47\], expected \[B, T, 48\]"),
+        ({"inputs_embeds": x[0]}, r"inputs_embeds has shape \[4, 48\], expected \[B, T, 48\]"),
+        ({"attention_mask": torch.ones(1, 4)}, "neither input_ids nor inputs_embeds"),
+        ({"inputs_embeds": x, "attention_mask": torch.ones(1, 9)}, r"of shape \[1, 9\]: expected \[1, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(small_pair("siglip").ours, wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_n_answers_are_those_of_the_prompt_given_n_times(small_pair, kind, seen):
-    """Both draw from the same logits with the same generator. The towers see each picture once."""
+    """The towers see each picture once."""
     model, batch = small_pair(kind).ours, random_batch(kind)
     repeated = {name: tensor.repeat_interleave(3, dim=0) for name, tensor in batch.items()}
     options = dict(temperature=1.0, seed=5, repetition_penalty=1.2)
@@ -140,10 +132,7 @@ def test_n_answers_are_those_of_the_prompt_given_n_times(small_pair, kind, seen)
         generate(model, batch, n=2)
 
 
-# ---------------------------------------------------------------------------- what an answer says, and how sure it is
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @pytest.mark.parametrize("options", [{}, dict(temperature=1.3, seed=1, top_k=20, repetition_penalty=1.3)])
 def test_log_probabilities_are_those_of_a_forward_pass(small_pair, kind, options):
     model, batch = small_pair(kind).ours, random_batch(kind)
@@ -164,25 +153,22 @@ def test_stop_texts(name):
     """Every text of an answer as a stop text: the answer ends with the token that completes it."""
     model, processor = golden_model(name)
     batch, tokenizer = processor([user("What is this?")]), processor.tokenizer
+
+    def shown(ids: list[int], stop: tuple = ()) -> tuple[str, bool]:
+        text = TextStream(tokenizer, stop)
+        pieces, stopped = [*map(text.push, ids)], text.stopped
+        return "".join(pieces) + text.finish(), stopped
+
     (free,) = generate(model, batch, 20)
-    text = TextStream(tokenizer)
-    whole = "".join(map(text.push, free)) + text.finish()
+    whole, _ = shown(free)
     for start in range(0, len(whole) - 3, 5):
-        stop = [whole[start : start + 3], "never said"]
+        stop = whole[start : start + 3], "never said"
         (ids,) = generate(model, batch, 20, stop=stop, tokenizer=tokenizer)
-        text, pieces, stopped = TextStream(tokenizer, stop), [], []
-        for id in free:
-            pieces.append(text.push(id))
-            stopped.append(text.stopped)
-        assert "".join(pieces) + text.finish() == whole[: whole.index(stop[0])]
-        assert ids == [*stream(model, batch, 20, stop=stop, tokenizer=tokenizer)]
-        assert ids == free[: stopped.index(True) + 1] and not any(pieces[len(ids) :])
-    for wrong in ({"stop": ["a"]}, {"stop": "a", "tokenizer": tokenizer}, {"stop": [""], "tokenizer": tokenizer}):
-        with pytest.raises(ValueError, match="stop is a list of texts"):
-            generate(model, batch, **wrong)
-
-
-# ---------------------------------------------------------------------------- raw text
+        assert shown(ids, stop) == shown(free, stop) == (whole[: whole.index(stop[0])], True)
+        assert not shown(ids[:-1], stop)[1]
+        assert [*stream(model, batch, 20, stop=stop, tokenizer=tokenizer)] == ids == free[: len(ids)]
+    with pytest.raises(ValueError, match="stop is a list of texts that are not empty, and needs the tokenizer"):
+        generate(model, batch, stop=["a"])
 
 
 @every_golden
@@ -199,29 +185,24 @@ def test_raw_text_follows_the_begin_token_as_it_is(name):
     assert learnt[1:].tolist() == [id != processor.image_token_id for id in expected[1:]]
 
 
-@pytest.mark.parametrize(
-    "conversation, system",
-    [([user("a"), user("b")], None), ([{"role": "assistant", "content": "a"}], None), ([user("a")], "Be kind."),
-     ([{"role": "system", "content": "x"}, user("a")], None)],
-)  # fmt: skip
-def test_raw_text_is_one_message(conversation, system):
-    with pytest.raises(ValueError, match="a raw text is one message of a user"):
-        golden_model("vl-siglip")[1](conversation, system, raw=True)
+def test_raw_text_is_one_message():
+    one, system = [user("a")], {"role": "system", "content": "a"}
+    answer = {"role": "assistant", "content": "a"}
+    for conversation, text in ((one * 2, None), ([answer], None), ([system, *one], None), (one, "a")):
+        with pytest.raises(ValueError, match="a raw text is one message of a user"):
+            golden_model("vl-siglip")[1](conversation, text, raw=True)
 
 
 # ---------------------------------------------------------------------------- chat
-
-SCENE = str(ROOT / "demo/images/scene.png")
-FLOAT32 = ["--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture
 def chat(capsys):
     """chat(lines, *arguments) -> status, out, err of `generate.py --chat` with these lines on standard input."""
 
-    def chat(lines: str | bytes, *arguments: str):
-        lines = lines.encode() if isinstance(lines, str) else lines
-        return run_command(main, ["--chat", *FLOAT32, *arguments], capsys, stdin=lines)
+    def chat(lines: str, *arguments: str):
+        stdin = lines.encode(errors="surrogateescape")
+        return run_command(main, ["--chat", *FLOAT32, *arguments], capsys, stdin)
 
     return chat
 
@@ -230,32 +211,27 @@ def test_chat_asks_about_pictures_and_saves_what_was_said(chat, tmp_path):
     file = tmp_path / "said.json"
     first = "--image", SCENE, "--prompt", "What is in the center?"
     questions = "What does the sign say?\nHow many shapes are there?\n"
-    done = chat(f"/clear\n/image {SCENE}\n\n{questions}/save {file}\n/quit\nnever asked\n", *first)
+    done = chat(f"/clear\n/image {SCENE}\n/image {SCENE}\n\n{questions}/save {file}\n/quit\nnever asked\n", *first)
     assert done.status == 0
     messages = json.loads(file.read_text())
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    assert messages[0] == {"role": "user", "content": "What does the sign say?", "images": [SCENE]}
+    assert messages[0] == {"role": "user", "content": "What does the sign say?", "images": [SCENE] * 2}
     assert done.out.splitlines()[1:] == [message["content"] for message in messages[1::2]]
     assert "PUSH" in messages[1]["content"] and "four" in messages[3]["content"]
-    assert Processor(ROOT / "demo/checkpoint")(messages[:3])  # as the Python interface takes them
+    assert Processor(DEMO / "checkpoint")(messages[:3])  # as the Python interface takes them
 
 
 def test_bad_lines_in_chat_are_one_error_each_and_the_chat_goes_on(chat, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     wrong = {
-        "/shout": "/shout is no command",
-        "/image": "needs the name of a file",
-        "/image -": "needs the name of a file",
-        "/image nowhere.png": "no such image file",
-        f"/image {tmp_path}/text.png": "not an image",
-        "/save": "expected a name that ends in .json",
-        f"/save {tmp_path}/nowhere/a.json": "cannot be written",
+        "/shout": "/shout is no command", "/image nowhere.png": "no such image file",
+        "/image": "needs the name of a file", "/image -": "needs the name of a file",
+        f"/image {tmp_path}/text.png": "not an image", f"/save {tmp_path}/nowhere/a.json": "cannot be written",
+        "/save": "expected a name that ends in .json", "shape " * 3000: "/clear starts over",
         "<image_placeholder> and <image_placeholder>?": "2 image markers, but 1 image is given",
-        "shape " * 3000: "/clear starts over",
-        b"\xff\xfe": "the question is not valid UTF-8",
-    }
-    lines = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in wrong)
-    done = chat(lines + b"\nHow many stars are there?\n", "--image", SCENE)
+        "\udcff\udcfe": "the question is not valid UTF-8",
+    }  # fmt: skip
+    done = chat("\n".join([*wrong, "How many stars are there?"]), "--image", SCENE)
     assert done.status == 0 and len(done.out.splitlines()) == 1
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     for error, expected in zip(errors, wrong.values(), strict=True):
@@ -264,7 +240,7 @@ def test_bad_lines_in_chat_are_one_error_each_and_the_chat_goes_on(chat, tmp_pat
 
 
 def test_chat_near_the_end_of_the_context(chat, tmp_path):
-    folder = shutil.copytree(ROOT / "demo/checkpoint", tmp_path / "model")
+    folder = shutil.copytree(DEMO / "checkpoint", tmp_path / "model")
     edit_json(folder / "config.json", {"language_config.max_position_embeddings": 128})
     done = chat("How many shapes are there?\n" * 9, "--image", SCENE, "--model", str(folder))
     assert done.status == 0
@@ -272,32 +248,27 @@ def test_chat_near_the_end_of_the_context(chat, tmp_path):
     assert "over the model's context of 128" in done.err.splitlines()[-1]
 
 
-def test_a_picture_given_twice_is_two_pictures(chat, tmp_path):
-    file = tmp_path / "said.json"
-    done = chat(f"/image {SCENE}\n/image {SCENE}\nWhat is in the center?\n/save {file}\n", "--image", SCENE)
-    assert done.status == 0 and json.loads(file.read_text())[0]["images"] == [SCENE] * 3
+REFUSED = {  # with standard input, or with one that is closed
+    ("--chat --raw", b""): "--raw answers one question, not a --chat",
+    (f"--chat --image {SCENE} --boxes x.png", b""): "--boxes answers one question, not a --chat",
+    ("--chat --prompt -", b""): "--chat and - both read standard input",
+    ("--chat --image -", b""): "--chat and - both read standard input",
+    **{(command, None): "standard input is closed\n" for command in ("--chat", "--prompt -", "--image -")},
+}
 
 
-@pytest.mark.parametrize("option", ["--chat", "--prompt -", "--image -"])
-def test_standard_input_that_is_closed_is_one_line(option):
-    command = [sys.executable, str(ROOT / "generate.py"), *option.split()]
-    done = subprocess.run(command, preexec_fn=lambda: os.close(0), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: standard input is closed\n")
-
-
-@pytest.mark.parametrize("option", ["--raw", "--boxes x.png", "--prompt -", "--image -"])
-def test_options_that_have_no_place_in_a_chat(option, chat):
-    assert_refused(chat("", *option.split()), "error: --")
+@pytest.mark.parametrize("command, stdin", REFUSED)
+def test_a_chat_that_cannot_be_is_refused(command, stdin, capsys):
+    assert_refused(run_command(main, command.split(), capsys, stdin), REFUSED[command, stdin])
 
 
 def test_chat_on_a_terminal():
-    """In a process of its own, on a window of 40 columns: what it prints is read as it comes."""
-    ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    """In a process of its own, on a window of 40 columns. Ctrl-C gives up a line, Ctrl-D ends."""
+    ours, theirs = open_terminal(columns=40)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "generate.py"), "--chat", *FLOAT32, "--image", SCENE],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+        [sys.executable, ROOT / "generate.py", "--chat", *FLOAT32, "--image", SCENE],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "dumb"},
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(theirs)
 
@@ -309,30 +280,17 @@ def test_chat_on_a_terminal():
 
     greeting = read_until("\n> ")
     assert "/image FILE" in greeting and all(len(line) < 40 for line in greeting.split("\r\n")[-4:])
+    os.write(ours, b"/quit")
+    read_until("/quit")
+    os.write(ours, b"\x03")
+    read_until("\n> ")
     os.write(ours, b"What does the sign say?\n")
     read_until("PUSH")
     read_until("> ")
     os.write(ours, b"\x04")
+    read_until("\n")
     assert process.wait() == 0
     os.close(ours)
-
-
-def test_ctrl_c_gives_up_a_line_on_a_terminal(monkeypatch, capsys):
-    class Keyboard(io.TextIOWrapper):
-        def isatty(self) -> bool:
-            return True
-
-    lines = iter([KeyboardInterrupt, "How many stars are there?", EOFError])
-
-    def typed(prompt: str) -> str:
-        if not isinstance(line := next(lines), str):
-            raise line
-        return line
-
-    monkeypatch.setattr("sys.stdin", Keyboard(io.BytesIO()))
-    monkeypatch.setattr("builtins.input", typed)
-    main(["--chat", "--image", SCENE, *FLOAT32])
-    assert capsys.readouterr().out == "\nThe number of stars is one.\n\n"
 
 
 def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch, chat, tmp_path):
@@ -355,11 +313,3 @@ def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch, chat,
     assert [message["content"] for message in said[::2]] == list(questions[1:]) and said[0]["images"] == [SCENE]
     assert 0 < len(said[1]["content"]) < 40 and said[3]["content"] == "It says PUSH."
     assert done.out == f"{said[1]['content']}\nIt says PUSH.\n"
-
-
-def test_a_cache_made_before_compiled_steps_is_refused(monkeypatch):
-    model, processor = golden_model("vl-siglip")
-    cache = ConversationCache(model)
-    monkeypatch.setattr(model, "fixed_shape_steps", True)
-    with pytest.raises(ValueError, match="the cache was made before compile_steps"):
-        generate(model, processor([user("What is this?")]), 2, cache=cache)

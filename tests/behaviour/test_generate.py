@@ -1,11 +1,10 @@
 """Sampling, prefill, decoding and streaming: against transformers' generate, and what generate.py promises."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KINDS, ROOT, VL2_GOLDENS, VL_GOLDENS, VOCABULARY, alone, golden, golden_model, random_batch
+from conftest import DEMO, GOLDENS, KINDS, VL_GOLDENS, VOCABULARY, alone, golden, golden_model, random_batch
 
 from generate import TextStream, compile_steps, generate, keep_top_k, keep_top_p, penalize_repetition, stream
 from load_weights import DigitLinear, HalfLinear, PackedLinear, load_model, pack
@@ -13,19 +12,11 @@ from load_weights import DigitLinear, HalfLinear, PackedLinear, load_model, pack
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
 
-# ------------------------------------------------------------------------------------ sampling, step by step
-
-
-def random_logits(kind: str) -> torch.Tensor:
-    """(4, 50): all different; halves, so that many are equal; or all equal in a row."""
-    logits = torch.randn(4, 50) * 3
-    return {"different": logits, "ties": (logits * 2).round() / 2, "equal": logits[:, :1].repeat(1, 50)}[kind]
-
-
-@pytest.mark.parametrize("logits", ["different", "ties", "equal"])
-def test_every_transform_equals_transformers(logits):
+@pytest.mark.parametrize("kind", ["different", "ties", "equal"])
+def test_every_transform_equals_transformers(kind):
     library = pytest.importorskip("transformers")
-    logits, ids = random_logits(logits), torch.randint(0, 50, (4, 30))  # some ids more than once
+    logits, ids = torch.randn(4, 50) * 3, torch.randint(0, 50, (4, 30))  # some ids more than once
+    logits = {"different": logits, "ties": (logits * 2).round() / 2, "equal": logits[:, :1].repeat(1, 50)}[kind]
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)
     for penalty in (0.5, 1.0, 1.3):
         expected = library.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
@@ -36,17 +27,13 @@ def test_every_transform_equals_transformers(logits):
         assert torch.equal(keep_top_p(logits, p), library.TopPLogitsWarper(p)(None, logits))
 
 
-# ------------------------------------------------------------------------------------ generate, against transformers
-
-
 def until_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
-    """A row of transformers' answer without the padding behind its end token."""
-    end = next((i for i, token in enumerate(row) if token in ends), len(row))
-    return row[: end + 1]
+    """A row without what follows its end token."""
+    return row[: next((i + 1 for i, id in enumerate(row) if id in ends), len(row))]
 
 
 def their_answer(theirs, batch: dict, ends: tuple[int, ...] = (), **options) -> list[list[int]]:
-    ids = theirs.generate(**batch, pad_token_id=0, **{"do_sample": False} | options)
+    ids = theirs.generate(**batch, pad_token_id=0, **options)
     return [until_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
 
@@ -60,43 +47,35 @@ def test_rows_end_where_transformers_end_them(small_pair, kind):
     assert len(expected[0]) != len(expected[1])
 
     pair = small_pair(kind, end=ends)
-    assert pair.ours.config.end_token_ids == ends
     assert generate(pair.ours, batch, seed=1, **options) == expected
     torch.manual_seed(1)
     assert their_answer(pair.theirs, batch, ends, do_sample=True, top_k=0, **options) == expected
-    (first, _), one = expected, alone(batch, 0)
-    assert [*stream(small_pair(kind, end=first[-1]).ours, one, 20)] == until_end(
-        generate(small_pair(kind).ours, one, 20)[0], (first[-1],)
-    )
 
 
-OPTIONS = {
-    "greedy, whatever else is asked": dict(temperature=0.0, top_k=3, top_p=0.1),
-    "plain sampling": dict(temperature=1.0),
-    "temperature": dict(temperature=0.6),
-    "top-k": dict(temperature=1.0, top_k=5),
-    "top-p": dict(temperature=1.0, top_p=0.7),
-    "all": dict(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2),
-    "greedy with penalty": dict(temperature=0.0, repetition_penalty=1.5),
-}
+ALL = dict(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2)
+OPTIONS = [  # ours, and what they are for transformers
+    (dict(temperature=0.0, top_k=3, top_p=0.1), dict(do_sample=False)),
+    (dict(repetition_penalty=1.5), dict(do_sample=False, repetition_penalty=1.5)),
+    (dict(temperature=1.0), dict(do_sample=True, top_k=0)),
+    (dict(temperature=0.6), dict(do_sample=True, top_k=0, temperature=0.6)),
+    (dict(temperature=1.0, top_k=5), dict(do_sample=True, top_k=5)),
+    (dict(temperature=1.0, top_p=0.7), dict(do_sample=True, top_k=0, top_p=0.7)),
+    (ALL, dict(do_sample=True) | ALL),
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_every_option_equals_transformers(small_pair, options):
+@pytest.mark.parametrize("options, theirs", OPTIONS)
+def test_every_option_equals_transformers(small_pair, options, theirs):
     """Both draw with torch.multinomial, so one seed gives one answer, if every transform and their order agree."""
-    options = OPTIONS[options]
     pair, batch = small_pair("siglip"), random_batch("siglip", (54,))
-    theirs = {"top_k": 0, "do_sample": options["temperature"] > 0} | options
-    if not theirs["do_sample"]:
-        theirs = {key: theirs[key] for key in theirs if key in ("do_sample", "repetition_penalty")}
     for seed in range(3):
         torch.manual_seed(seed)
         expected = their_answer(pair.theirs, batch, max_new_tokens=20, **theirs)
-        assert generate(pair.ours, batch, max_new_tokens=20, seed=seed, **options) == expected
-        assert [*stream(pair.ours, batch, max_new_tokens=20, seed=seed, **options)] == expected[0]
+        assert generate(pair.ours, batch, 20, seed=seed, **options) == expected
+        assert [*stream(pair.ours, batch, 20, seed=seed, **options)] == expected[0]
 
 
-# ------------------------------------------------------------------------------------ generate, what it promises
+# ------------------------------------------------------------------------------------ what generate promises
 
 
 def test_padding_is_not_seen_by_the_penalty(small_pair):
@@ -109,22 +88,17 @@ def test_padding_is_not_seen_by_the_penalty(small_pair):
 
 
 def test_text_without_images_without_a_mask_and_with_labels(small_pair):
-    model, ids = small_pair("siglip").ours, torch.randint(10, VOCABULARY, (2, 9))
+    pair, ids = small_pair("siglip"), torch.randint(10, VOCABULARY, (2, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    answer = generate(model, batch, max_new_tokens=8)
-    assert answer == their_answer(small_pair("siglip").theirs, batch, max_new_tokens=8)
-    assert answer == generate(model, {"input_ids": ids}, max_new_tokens=8)
-    assert answer == generate(model, batch | {"labels": ids}, max_new_tokens=8)
+    expected = their_answer(pair.theirs, batch, max_new_tokens=8, do_sample=False)
+    for same in (batch, {"input_ids": ids}, batch | {"labels": ids}):
+        assert generate(pair.ours, same, 8) == expected
 
 
 def test_a_seed_gives_one_answer_no_seed_another_each_time_and_the_global_state_stays(small_pair):
     model, batch, before = small_pair("siglip").ours, random_batch("siglip"), torch.get_rng_state()
-
-    def answer(seed):
-        return generate(model, batch, max_new_tokens=20, temperature=1.5, seed=seed)
-
-    assert answer(1) == answer(1) != answer(2)
-    assert answer(None) != answer(None)
+    a, b, c, d, e = (generate(model, batch, 20, temperature=1.5, seed=seed) for seed in (1, 1, 2, None, None))
+    assert a == b != c and d != e
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -152,28 +126,20 @@ def test_prompts_that_cannot_be_answered(small_pair):
 
 
 WRONG_OPTIONS = {
-    "max_new_tokens": [0, -1, 2.5],
-    "temperature": [-0.1, 1e-39, math.inf, math.nan],
-    "top_k": [-1, 2.5],
-    "top_p": [0.0, -0.5, 1.1, math.nan],
-    "repetition_penalty": [0.0, -1.0, math.inf, math.nan],
-    "seed": [-1, 2**63],
-    "chunk_size": [0, -5],
-    "n": [0],
-    "log_probs": [-1],
-}
+    "max_new_tokens": [0, -1, 2.5], "temperature": [-0.1, 1e-39, math.inf, math.nan], "top_k": [-1, 2.5],
+    "top_p": [0.0, -0.5, 1.1, math.nan], "repetition_penalty": [0.0, -1.0, math.inf, math.nan],
+    "seed": [-1, 2**63], "chunk_size": [0, -5], "n": [0], "log_probs": [-1],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG_OPTIONS)
 def test_options_out_of_range_are_named(small_pair, name):
+    model, batch = small_pair("siglip").ours, random_batch("siglip")
     for value in WRONG_OPTIONS[name]:
         with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
-            generate(small_pair("siglip").ours, random_batch("siglip"), **{name: value})
+            generate(model, batch, **{name: value})
     with pytest.raises(TypeError, match="unknown option temprature, expected one of"):
-        generate(small_pair("siglip").ours, random_batch("siglip"), temprature=1.0)
-
-
-# ------------------------------------------------------------------------------------ streaming
+        generate(model, batch, temprature=1.0)
 
 
 def test_stream_yields_each_id_as_it_comes(small_pair):
@@ -184,34 +150,20 @@ def test_stream_yields_each_id_as_it_comes(small_pair):
     hook.remove()
 
 
-# A tokenizer with a token for every byte, and one special token.
-SPECIAL = 256
-BYTES = SimpleNamespace(
-    is_special=lambda token: token == SPECIAL,
-    token_bytes=lambda token: bytes([token]),
-    token_to_id=lambda text: None,
-)
-
-
-@pytest.mark.parametrize("text", ["plain", "déjà vu", "图像 日本語 한국어", "😀👩‍👩‍👧🇩🇪", "e\u0301 ½ é\n\ttab"])
-def test_text_stream_never_shows_half_a_character(text):
-    """After every byte, what was shown is the longest part of the text that is whole characters."""
-    shown, pushed, text_stream = "", b"", TextStream(BYTES)
-    for byte in text.encode():
-        pushed += bytes([byte])
-        shown += text_stream.push(SPECIAL) + text_stream.push(byte)
+@pytest.mark.parametrize("name", VL_GOLDENS)
+def test_text_stream_never_shows_half_a_character(name):
+    """After every id, what was shown is the longest part of the text that is whole characters."""
+    tokenizer, end = golden_model(name)[1].tokenizer, golden_model(name)[1].eos_token_id
+    text = "A 图像 is worth 1,000 words: 日本語 한국어 déjà vu 😀👍🏽👩‍👩‍👧🇩🇪 e\u0301 ½\n\ttab"
+    shown, pushed, text_stream = "", b"", TextStream(tokenizer)
+    for id in tokenizer.encode(text):
+        pushed += tokenizer.token_bytes(id)
+        shown += text_stream.push(end) + text_stream.push(id)
         assert shown == pushed.decode(errors="ignore")
     assert shown == text and text_stream.finish() == ""
-
-
-@pytest.mark.parametrize("name", VL_GOLDENS)
-def test_text_stream_equals_decoding_all_at_once(name):
-    """Of text in many scripts, and of random ids, most of which make no valid UTF-8."""
-    tokenizer = golden_model(name)[1].tokenizer
-    random_ids = torch.randint(0, tokenizer.vocab_size, (20, 40)).tolist()
-    for ids in [tokenizer.encode("A 图像 is worth 1,000 words: 😀👍🏽 über naïve Ω"), *random_ids]:
+    for ids in torch.randint(0, tokenizer.vocab_size, (20, 40)).tolist():  # most of which make no valid UTF-8
         text_stream = TextStream(tokenizer)
-        shown = "".join(text_stream.push(token) for token in ids) + text_stream.finish()
+        shown = "".join(map(text_stream.push, ids)) + text_stream.finish()
         assert shown == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -224,9 +176,9 @@ def two_texts(name: str) -> dict:
     return golden_model(name)[1]([[{"role": "user", "content": text}] for text in texts])
 
 
-@pytest.mark.parametrize("name", [*VL_GOLDENS, *VL2_GOLDENS])
+@pytest.mark.parametrize("name", GOLDENS)
 def test_steps_of_fixed_shape_are_decode_steps(name, monkeypatch):
-    """As the compiler gets them, uncompiled: the same ids for a padded batch and for one row alone."""
+    """As the compiler gets them: the same ids for a padded batch and for one row alone."""
     model, batch = golden_model(name)[0], two_texts(name)
     batches = batch, {key: value[1:] for key, value in batch.items()}
     expected = [generate(model, batch, max_new_tokens=9) for batch in batches]
@@ -248,7 +200,7 @@ def test_compiled_steps_give_the_same_ids(name, kind):
 def test_weights_packed_for_a_cpu_are_not_compiled(dtype, quantize, monkeypatch):
     """Where this CPU has kernels for such weights; elsewhere nothing is packed, and nothing is said."""
     monkeypatch.setattr(HalfLinear, "LEAST", 0)
-    model, reasons = load_model(ROOT / "demo/checkpoint", dtype=dtype, quantize=quantize, pack=True), []
+    model, reasons = load_model(DEMO / "checkpoint", dtype=dtype, quantize=quantize, pack=True), []
     compile_steps(model, failed=reasons.append)
     packed = any(isinstance(module, (PackedLinear, HalfLinear, DigitLinear)) for module in model.modules())
     assert ["packed for this CPU" in reason for reason in reasons] == [True] * packed
