@@ -26,7 +26,6 @@ from processor import Processor, load_image
 from vision import TileAligner
 
 HOSTILE = "</script><script>document.title = 'stolen'</script><img src=x onerror=alert(1)> & <!-- \u2028"
-every_model = pytest.mark.parametrize("name", ["demo", *GOLDENS])
 
 
 def data_of(page: str) -> dict:
@@ -61,8 +60,8 @@ def case(name: str) -> SimpleNamespace:
     )  # fmt: skip
 
 
-@every_model
-def test_answer_probabilities_and_experts_are_those_of_a_plain_forward_pass(name):
+@pytest.mark.parametrize("name", ["demo", *GOLDENS])
+def test_answer_probabilities_experts_and_attention_are_those_of_a_plain_forward_pass(name):
     right, data = case(name), case(name).data
     assert re.sub(r"<\|/?(ref|det|grounding)\|>", "", data["answer"]).strip() == right.decoded
     for i, token in enumerate(data["tokens"]):
@@ -74,11 +73,6 @@ def test_answer_probabilities_and_experts_are_those_of_a_plain_forward_pass(name
         chosen = [sorted(expert for expert, _ in picks) for picks in token["experts"]]
         assert chosen == [sorted(experts[i].tolist()) for experts in right.experts]
     assert len(data["expert_layers"]) == len(right.experts)
-
-
-@every_model
-def test_attention_is_what_record_gives(name):
-    right, data = case(name), case(name).data
     shape = len(data["tokens"]), data["layers"], data["heads"]
     rows, raw = int(np.prod(shape)), zlib.decompress(base64.b64decode(data["attention"]))  # as the page unpacks it
     peaks, shares = np.split(np.frombuffer(raw[: 20 * rows], "<f4"), [rows])
@@ -93,10 +87,10 @@ def test_attention_is_what_record_gives(name):
     np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
 
 
-def laid_out(image: Image.Image, text: str, global_view_first: bool = True) -> tuple:
-    """The config and batch of a small DeepSeek-VL2 about an image, and the views and cells of it."""
+def laid_out(image: Image.Image, text: str = "", **tiles) -> tuple:
+    """The config of a small DeepSeek-VL2 and its batch about an image; the views and cells of it."""
     model, processor = golden_model("vl2-mha")
-    config = replace(model.config, tiles=replace(model.config.tiles, global_view_first=global_view_first))
+    config = replace(model.config, tiles=replace(model.config.tiles, **tiles))
     batch = processor([{"role": "user", "content": "", "images": [image]}])
     return config, batch, *look.lay_out(config, processor, batch, [image], text)
 
@@ -105,7 +99,7 @@ def laid_out(image: Image.Image, text: str, global_view_first: bool = True) -> t
 @pytest.mark.parametrize("size", [(366, 274), (121, 268), (569, 154)])
 def test_cells_stand_in_the_order_of_the_models_tokens(size, global_view_first):
     """The aligner lays out grids whose features are their own places: (view, top, left); its newlines are -1."""
-    config, batch, _, cells = laid_out(Image.new("RGB", size), "", global_view_first)
+    config, batch, _, cells = laid_out(Image.new("RGB", size), global_view_first=global_view_first)
     ((wide, high),) = batch["images_spatial_crop"].tolist()
     side, step, s = 98, 28, 4  # 7 patches of 14 pixels, folded two by two
     tiles = [(0, 0, 0)] + [(1, row * side, column * side) for row in range(high) for column in range(wide)]
@@ -127,8 +121,8 @@ def test_cells_stand_in_the_order_of_the_models_tokens(size, global_view_first):
 
 
 def test_boxes_lie_where_the_picture_lies_in_each_view():
-    answer = "<|ref|>all<|/ref|><|det|>[[0, 0, 999, 999]]<|/det|>"
-    _, _, views, _ = laid_out(Image.new("RGB", (300, 100), "red"), answer)
+    picture, answer = Image.new("RGB", (300, 100), "red"), "<|ref|>all<|/ref|><|det|>[[0, 0, 999, 999]]<|/det|>"
+    _, _, views, _ = laid_out(picture, answer)
     for view in views:
         red, green, _ = np.asarray(view.picture).astype(int).transpose(2, 0, 1)
         rows, columns = (np.nonzero((red - green > 128).any(axis=axis))[0] for axis in (1, 0))  # the padding is grey
