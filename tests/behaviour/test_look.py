@@ -33,8 +33,8 @@ def data_of(page: str) -> dict:
 
 
 @cache
-def case(name: str) -> SimpleNamespace:
-    """What look.py makes of a question, and what one pass over the prompt and the whole answer gives under `record`."""
+def looked(name: str) -> tuple:
+    """A model, its processor, a question, and what look.py makes of it."""
     if name == "demo":
         model, processor = load_model(DEMO / "checkpoint", dtype=torch.float32), Processor(DEMO / "checkpoint")
         question, images, longest = "Describe this image.", [DEMO / "images" / "scene.png"], 80
@@ -42,46 +42,44 @@ def case(name: str) -> SimpleNamespace:
         model, processor = golden_model(name)
         question, images, longest = "What changed?", [golden(name).folder / "images" / f"{i}.png" for i in (2, 1)], 8
     message = {"role": "user", "content": question, "images": [load_image(image) for image in images]}
-    seen, batch = look.look(model, processor, message, longest), processor([message])
-    ids, T = [step.id for step in seen.steps], batch["input_ids"].shape[1]
-    assert generate(model, batch, max_new_tokens=len(ids)) == [ids]
-    is_image = F.pad(batch["images_seq_mask"], (0, len(ids)))
-    whole = {"input_ids": torch.cat((batch["input_ids"], torch.tensor([ids])), dim=1), "images_seq_mask": is_image}
-    with torch.inference_mode(), record(model) as inside:
-        logits = model(**batch | whole | {"attention_mask": None}).logits
-    chose = slice(T - 1, -1)  # the positions whose logits chose the answer's tokens
-    layers = [f"language.layers.{i}" for i in range(len(model.language.layers))]
-    attention = torch.cat([inside[f"{layer}.self_attn"] for layer in layers])[:, :, chose]  # (layers, H, tokens, S)
-    return SimpleNamespace(
-        seen=seen, tokenizer=processor.tokenizer, ids=ids, T=T, is_image=is_image[0].numpy(),
-        data=data_of(look.write_page(seen, "a model")), decoded=processor.decode(ids).strip(),
-        probabilities=logits[0, chose].softmax(dim=-1), attention=attention.permute(2, 0, 1, 3).numpy(),
-        experts=[inside[f"{layer}.mlp.gate"][0][chose] for layer in layers if f"{layer}.mlp.gate" in inside],
-    )  # fmt: skip
+    return model, processor, message, look.look(model, processor, message, longest)
 
 
 @pytest.mark.parametrize("name", ["demo", *GOLDENS])
 def test_answer_probabilities_experts_and_attention_are_those_of_a_plain_forward_pass(name):
-    right, data = case(name), case(name).data
-    assert re.sub(r"<\|/?(ref|det|grounding)\|>", "", data["answer"]).strip() == right.decoded
-    for i, token in enumerate(data["tokens"]):
-        (values, ids), (texts, shown) = right.probabilities[i].topk(look.LIKELIEST), zip(*token["likeliest"])
-        assert token["probability"] == pytest.approx(right.probabilities[i, right.ids[i]].item(), rel=1e-4)
+    """Of one over the prompt and the whole answer, under `record`."""
+    model, processor, message, seen = looked(name)
+    batch, data, ids = processor([message]), data_of(look.write_page(seen, "a model")), [step.id for step in seen.steps]
+    assert generate(model, batch, max_new_tokens=len(ids)) == [ids]
+    assert re.sub(r"<\|/?(ref|det|grounding)\|>", "", data["answer"]).strip() == processor.decode(ids).strip()
+    batch["input_ids"] = torch.cat((batch["input_ids"], torch.tensor([ids])), dim=1)
+    batch["images_seq_mask"], batch["attention_mask"] = F.pad(batch["images_seq_mask"], (0, len(ids))), None
+    with torch.inference_mode(), record(model) as inside:
+        logits = model(**batch).logits[0]
+    T, is_image = len(logits) - len(ids), batch["images_seq_mask"][0].numpy()
+    chose = slice(T - 1, -1)  # the positions whose logits chose the answer's tokens
+    layers = [f"language.layers.{i}" for i in range(data["layers"])]
+    routed = [inside[f"{layer}.mlp.gate"][0][chose] for layer in layers if f"{layer}.mlp.gate" in inside]
+    assert len(data["expert_layers"]) == len(routed) and len(data["tokens"]) == len(ids)
+    for i, (token, probabilities) in enumerate(zip(data["tokens"], logits[chose].softmax(dim=-1))):
+        (values, likeliest), (texts, shown) = probabilities.topk(look.LIKELIEST), zip(*token["likeliest"])
+        assert token["probability"] == pytest.approx(probabilities[ids[i]].item(), rel=1e-4)
         assert shown == pytest.approx(values.tolist(), rel=1e-3, abs=1e-9)
         clear = int((values > 1e-6).sum())
-        assert [*texts[:clear]] == [look.spell(right.tokenizer, id) for id in ids[:clear].tolist()]
+        assert [*texts[:clear]] == [look.spell(processor.tokenizer, id) for id in likeliest[:clear].tolist()]
         chosen = [sorted(expert for expert, _ in picks) for picks in token["experts"]]
-        assert chosen == [sorted(experts[i].tolist()) for experts in right.experts]
-    assert len(data["expert_layers"]) == len(right.experts)
-    shape = len(data["tokens"]), data["layers"], data["heads"]
+        assert chosen == [sorted(experts[i].tolist()) for experts in routed]
+
+    shape = len(ids), data["layers"], data["heads"]
     rows, raw = int(np.prod(shape)), zlib.decompress(base64.b64decode(data["attention"]))  # as the page unpacks it
     peaks, shares = np.split(np.frombuffer(raw[: 20 * rows], "<f4"), [rows])
     peaks, shares = peaks.reshape(*shape, 1), shares.reshape(*shape, 4)
     shown = (np.frombuffer(raw[20 * rows :], np.uint8).reshape(*shape, len(data["cells"])) / 255.0) ** 2 * peaks
-    picture, text = right.attention[..., right.is_image], ~right.is_image[: right.T]
+    attention = torch.cat([inside[f"{layer}.self_attn"] for layer in layers])[:, :, chose]  # (layers, H, tokens, S)
+    attention, text = attention.permute(2, 0, 1, 3).numpy(), ~is_image[:T]
     text[0] = False
+    picture, prompt, answer = attention[..., is_image], attention[..., :T], attention[..., T:]
     assert np.all(np.abs(shown - picture) <= 0.004 * peaks + 1e-6)
-    prompt, answer = right.attention[..., : right.T], right.attention[..., right.T :]
     expected = np.stack([part.sum(-1) for part in (picture, prompt[..., :1], prompt[..., text], answer)], axis=-1)
     np.testing.assert_allclose(shares, expected, atol=1e-5)
     np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
@@ -131,15 +129,15 @@ def test_boxes_lie_where_the_picture_lies_in_each_view():
 
 
 def hostile_page() -> str:
-    return look.write_page(case("demo").seen._replace(question=HOSTILE, answer=HOSTILE), HOSTILE)
+    return look.write_page(looked("demo")[-1]._replace(question=HOSTILE, answer=HOSTILE), HOSTILE)
 
 
 def test_no_text_becomes_markup_and_nothing_is_fetched():
     page, template = hostile_page(), (DEMO / "look_page.html").read_text(encoding="utf-8")
     assert re.findall(r"<[/!a-z]", page) == re.findall(r"<[/!a-z]", template)
     assert [data_of(page)[key] for key in ("question", "answer", "model")] == [HOSTILE] * 3
-    page = look.write_page(case("demo").seen, "a model")
-    for source in (template, re.sub(r"[A-Za-z0-9+/=]{100,}", "", page)):  # without what is base64
+    page = re.sub(r"[A-Za-z0-9+/=]{100,}", "", look.write_page(looked("demo")[-1], "a model"))  # without base64
+    for source in (template, page):
         assert not re.search(r"https?:|//[a-z]|@import|<link|<iframe|src=|eval\(|innerHTML|document\.write", source)
 
 
@@ -175,11 +173,11 @@ def test_in_a_browser_a_click_shows_the_map_and_hostile_text_stays_text(tmp_path
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     result = json.loads(base64.b64decode(re.search(r'data-found="([^"]*)"', dom)[1]))
     assert result["texts"] == [HOSTILE] * 3 and result["title"] == "Look inside one answer"
-    demo, picture = case("demo"), case("demo").attention[..., case("demo").is_image]
-    expected = [picture[4].mean(axis=(0, 1)), picture[11].mean(axis=(0, 1)), picture[11, 3, 2]]
-    for shown, weights, token in zip(result["found"], expected, (4, 11, 11)):
-        assert shown["mean"] == pytest.approx(weights.tolist(), abs=0.004 * float(picture[token].max()))
-        assert shown["first"] == look.spell(demo.tokenizer, demo.ids[token])
+    steps = looked("demo")[-1].steps
+    for shown, token, rows in zip(result["found"], (4, 11, 11), (np.s_[:, :], np.s_[:, :], np.s_[3:4, 2:3])):
+        weights = look.attention_of(steps[token])[rows].mean(axis=(0, 1))
+        assert shown["mean"] == pytest.approx(weights.tolist(), abs=1e-6)
+        assert shown["first"] == look.spell(looked("demo")[1].tokenizer, steps[token].id)
         assert np.argmax(shown["lights"]) == np.argmax(weights)  # the brightest cell is the most attended
 
 
@@ -189,8 +187,9 @@ def test_the_command_writes_page_and_picture(tmp_path, monkeypatch, run_here):
     result = run_here(look, *question, "--out", "look.html", "--png", "look.png", "--dtype", "float32")
     assert result.status == 0 and result.out.count("\n") == 2, result.err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["look.html", "look.png"]
-    page = data_of((tmp_path / "look.html").read_text(encoding="utf-8"))
-    assert [token["text"] for token in page["tokens"]] == [token["text"] for token in case("demo").data["tokens"]]
+    page, (_, processor, _, seen) = data_of((tmp_path / "look.html").read_text(encoding="utf-8")), looked("demo")
+    texts = [look.spell(processor.tokenizer, step.id) for step in seen.steps]
+    assert [token["text"] for token in page["tokens"]] == texts
     assert load_image(tmp_path / "look.png").width > 900
     other = run_here(look, *question, "--png", "vl2.png", "--model", DEMO / "vl2", "--max-new-tokens", 2)
     for done, name in ((result, "checkpoint"), (other, "vl2")):
