@@ -35,7 +35,7 @@ def checkpoint():
 
 
 def test_names_and_places_in_a_scene_are_of_one_thing_each():
-    """So that each question has one answer; that it is the right one, the checkpoint's agreement shows."""
+    """So that a question has one answer; that it is right, the checkpoint's agreement shows, but for rare counts."""
     asked = dict.fromkeys(scenes.TASKS, 0)
     for seed in range(300):
         scene = scenes.random_scene(rng := Random(seed))
@@ -46,6 +46,10 @@ def test_names_and_places_in_a_scene_are_of_one_thing_each():
             asked[task] += bool(found := scenes.ask(scene, task, rng))
             if task == "color" and "shape" not in found[0]:
                 assert kinds.count(re.search("|".join(scenes.KINDS), found[0])[0]) == 1
+            if task == "count":
+                counted = re.sub(r"How many |Count the | are there\?|\.", "", found[0])
+                fitting = [s for s in scene.shapes if counted in ("shapes", f"{s.kind}s", f"{s.color} shapes")]
+                assert found[1] == f"The number of {counted} is {scenes.NUMBERS[len(fitting)]}."
     assert min(asked.values()) > 150 and all(asked[task] == 300 for task in asked if task != "relation"), asked
 
 
