@@ -18,6 +18,8 @@ from model import ExpertsConfig, LanguageConfig, Router
 from processor import Processor, parse_boxes
 
 CHECKPOINT = DEMO / "vl2"
+# What 25 fixed scenes must at least give: below the shares of 500 in the README.
+LEAST = {"describe": 0.85, "color": 0.95, "count": 0.85, "text": 0.9, "ground": 0.8, "box overlap": 0.7, "drawing": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +27,15 @@ def checkpoint():
     return load_model(CHECKPOINT, dtype=torch.float32), Processor(CHECKPOINT)
 
 
-# What 25 fixed scenes must at least give: below the figures in the README.
-# Of 25 questions each; of 500 the shares stand in README.
-LEAST = {"describe": 0.85, "color": 0.95, "count": 0.85, "text": 0.9, "ground": 0.8, "box overlap": 0.7, "drawing": 0.9}
-
-
 def test_a_small_checkpoint_answers_on_fresh_scenes(checkpoint):
+    """Small text by the local view alone; and its experts are busy."""
     both = [sum(file.stat().st_size for file in (DEMO / name).iterdir()) for name in ("vl2", "checkpoint")]
     assert sum(both) <= 20_000_000 and sum(p.numel() for p in checkpoint[0].parameters()) <= 6_000_000
     shares = evaluate_vl2.accuracy(*checkpoint, scenes=25, tasks=[*set(LEAST) - {"box overlap"}])
     assert all(shares[task] >= least for task, least in LEAST.items()), shares
+    assert evaluate_vl2.accuracy(*checkpoint, scenes=20, tasks=["text"], local_view=False)["text"] < 0.1
     load = evaluate_vl2.expert_load(*checkpoint, scenes=25)
     assert len(load) == 4 and all(counts.min() > counts.mean() / 3 for counts in load.values()), load
-
-
-def test_small_text_needs_the_local_view(checkpoint):
-    assert evaluate_vl2.accuracy(*checkpoint, scenes=20, tasks=["text"], local_view=False)["text"] < 0.1
 
 
 def test_the_command_draws_the_boxes_it_found(tmp_path, capsys):
@@ -52,49 +47,47 @@ def test_the_command_draws_the_boxes_it_found(tmp_path, capsys):
 
 
 def test_a_box_is_where_the_picture_shows_the_shape():
+    """To a pixel and a half in scenes, each shape drawn alone; in drawings nothing is painted outside of the boxes."""
     for seed in range(60):
         scene = replace(vl2_scenes.random_scene(Random(seed)), noise=0.0, signs=())
         for shape in scene.shapes:
             one = replace(scene, shapes=(shape,))
             shown = (np.asarray(vl2_scenes.draw(one), dtype=int) != scene.ground).any(-1)
-            rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-            width, height = one.size
-            found = [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height]
-            pixel = [999 / side for side in (width, height)] * 2
+            rows, columns, sides = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0)), np.tile(one.size, 2)
+            found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / sides
             told = vl2_scenes.thousandths(shape, one)
-            assert all(abs(999 * a - b) <= 1.6 * p + 1 for a, b, p in zip(found, told, pixel)), (found, told)
+            assert (np.abs(999 * found - told) <= 1.6 * 999 / sides + 1).all(), (found, told)
             (box,) = parse_boxes(vl2_scenes.located("it", [shape], one), evaluate_vl2.FINE)
             assert np.allclose(box[1:], [value * 100 for value in told], atol=2)
+    exact = 0
+    for seed in range(60):
+        scene, picture = vl2_scenes.drawn_scene(Random(seed), (1, 3))
+        if len(picture.getcolors(picture.width * picture.height)) > 4:  # grain or smooth edges
+            continue
+        exact, painted = exact + 1, (np.asarray(picture) != scene.ground).any(-1)
+        assert painted.any()
+        for left, top, right, bottom in (shape.box for shape in scene.shapes):
+            painted[max(0, int(top) - 1) : int(bottom) + 2, max(0, int(left) - 1) : int(right) + 2] = False
+        assert not painted.any()
+    assert exact > 5
 
 
-def test_answers_follow_from_the_scene():
+def test_a_scene_is_in_order_and_all_that_fits_a_label_is_located():
+    """Other answers are right where the checkpoint agrees with them."""
     asked = dict.fromkeys(vl2_scenes.TASKS, 0)
     for seed in range(200):
         scene = vl2_scenes.random_scene(rng := Random(seed))
-        along = [shape.middle[scene.is_tall] for shape in scene.shapes]
-        assert along == sorted(along) and len({shape.name for shape in scene.shapes}) == len(along)
+        along, names = zip(*((shape.middle[scene.is_tall], shape.name) for shape in scene.shapes))
+        assert list(along) == sorted(along) and len(set(names)) == len(names)
         assert not scene.sign or max(scene.width, scene.height) >= 3 * vl2_scenes.TILE  # too small in one tile
-        for task in vl2_scenes.TASKS:
-            if (found := vl2_scenes.ask(scene, task, rng)) is None:
-                continue
-            question, answer = found
-            asked[task] += 1
-            names = [shape.name for shape in scene.shapes]
-            if task in ("describe", "grounded"):
-                assert re.findall(r"(?:small|large) (\w+ \w+)", answer) == names
-            if task in ("ground", "grounded"):
-                boxes = [list(map(int, box.split(", "))) for box in re.findall(r"\[(\d[^\]]*)\]", answer)]
-                every = [vl2_scenes.thousandths(thing, scene) for thing in scene.things]
-                assert boxes and all(box in every for box in boxes) and sorted(boxes, key=every.index) == boxes
-            if task == "ground":
-                label = re.fullmatch(r"<\|ref\|>the (.*)<\|/ref\|>", question)[1]
-                words = set(label.removesuffix("s").replace("shape", "").split())
-                fits = [t for t in scene.things if words <= {t.kind, t.color, t.size}]
-                assert [vl2_scenes.thousandths(thing, scene) for thing in fits] == boxes, (question, answer)
-            if task == "color":
-                assert sum(shape.name in f"{answer.split()[-1][:-1]} {answer.split()[-3]}" for shape in scene.shapes)
-            if task == "text":
-                assert answer == (f"It says {scene.sign.text}." if scene.sign else "There is no text.")
+        found = {task: vl2_scenes.ask(scene, task, rng) for task in vl2_scenes.TASKS}
+        asked = {task: count + bool(found[task]) for task, count in asked.items()}
+        label = re.fullmatch(r"<\|ref\|>the (.*)<\|/ref\|>", found["ground"][0])[1]
+        words = set(label.removesuffix("s").replace("shape", "").split())
+        fitting = [thing for thing in scene.things if words <= {thing.kind, thing.color, thing.size}]
+        assert found["ground"][1] == vl2_scenes.located(f"the {label}", fitting, scene)
+        grounded = [vl2_scenes.located(f"a {shape.caption}", [shape], scene) for shape in scene.shapes]
+        assert re.findall(r"<\|ref.*?/det\|>", found["grounded"][1]) == grounded
     assert min(asked.values()) > 120, asked
 
 
@@ -119,19 +112,14 @@ def test_a_bias_rises_for_experts_with_too_few_tokens():
     balance.real = torch.tensor([True] * 5 + [False])
     router(torch.eye(4)[[0, 0, 0, 1, 2, 3]])  # the last is padding: 3, 1, 1 and 0 tokens, where 1.25 is the mean
     balance.step(1.0)
-    step = vl2_lessons.BALANCE
-    assert torch.allclose(router.e_score_correction_bias.data, torch.tensor([-step, step, step, step]))
+    assert torch.allclose(router.e_score_correction_bias.data, vl2_lessons.BALANCE * torch.tensor([-1.0, 1, 1, 1]))
 
 
-@pytest.mark.parametrize("given, expected", [
-    ("<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100]]<|/det|>", [1.0]),
-    ("<|ref|>a<|/ref|><|det|>[[50, 0, 150, 100]]<|/det|>", [1 / 3]),
-    ("<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100], [0, 0, 9, 9]]<|/det|>", [1.0, 0.0]),
-    ("none", [0.0]),
-])  # fmt: skip
-def test_overlaps(given, expected):
-    right = "<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100]]<|/det|>"
-    assert evaluate_vl2.overlaps(given, right) == pytest.approx(expected, abs=1e-3)
+def test_overlaps():
+    located = "<|ref|>a<|/ref|><|det|>[{}]<|/det|>".format
+    right, several = "[0, 0, 100, 100]", "[0, 0, 100, 100], [0, 0, 9, 9]"
+    for given, expected in ((right, [1]), ("[50, 0, 150, 100]", [1 / 3]), (several, [1, 0]), ("", [0])):
+        assert evaluate_vl2.overlaps(located(given), located(right)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_all_experts_at_once_mix_as_one_after_another(checkpoint):
@@ -149,18 +137,3 @@ def test_only_numbers_of_boxes_are_blurred(checkpoint):
     assert lessons.values(ids[lessons.in_boxes(ids)]).tolist() == [7, 80, 9, 999]
     near = lessons.near(torch.tensor([7, 999]), vl2_lessons.BOX_BLUR)
     assert near.argmax(1).tolist() == [7, 999] and near.sum(1) == pytest.approx(1)
-
-
-def test_boxes_of_drawings_hold_what_is_painted():
-    found = 0
-    for seed in range(60):
-        scene, picture = vl2_scenes.drawn_scene(Random(seed), (1, 3))
-        pixels = np.asarray(picture, dtype=int)
-        painted = np.abs(pixels - pixels[0, 0]).max(axis=2) > 0
-        boxes = np.zeros_like(painted)
-        for left, top, right, bottom in (shape.box for shape in scene.shapes):
-            boxes[max(0, int(top) - 1) : int(bottom) + 2, max(0, int(left) - 1) : int(right) + 2] = True
-        if len(np.unique(pixels.reshape(-1, 3), axis=0)) <= 4:  # neither grain nor smooth edges
-            found += 1
-            assert painted.any() and not (painted & ~boxes).any()
-    assert found > 5

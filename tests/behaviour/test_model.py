@@ -10,97 +10,71 @@ from model import MODELS, KVCache, MixtureOfExperts, record
 
 pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
-both_kinds = pytest.mark.parametrize("kind", KINDS)
+IDS, PICTURE, TILES = torch.full((1, 5), 11), torch.ones(1, 3, 26, 26), torch.ones(3, 3, 44, 44)
 
 
-# ------------------------------------------------------------------------------------ inputs
-
-
-def test_logits_to_keep_are_the_last_ones(small_pair):
-    model, batch = small_pair("siglip").ours, random_batch("siglip")
-    logits = model(**batch).logits
-    for keep in (1, 5):
-        assert_close(model(**batch, logits_to_keep=keep).logits, logits[:, -keep:], 1e-6)
-
-
-def test_where_image_features_go_and_what_may_stand_for_a_picture(small_pair):
+def test_what_may_stand_for_pictures_and_which_logits_are_kept(small_pair):
     """One tensor of features; places that a mask gives; embeddings with the features in them; no pictures at all."""
     model, batch = small_pair("siglip").ours, random_batch("siglip")
-    ids, where = batch["input_ids"], batch["input_ids"] == IMAGE_TOKEN
+    ids, where, logits = batch["input_ids"], batch["input_ids"] == IMAGE_TOKEN, model(**batch).logits
     features = encode_images(model, batch)
     expected = model.embed(ids, features)
     assert torch.equal(model.embed(ids, torch.stack(features)), expected)
     assert torch.equal(model.embed(ids * 0, features, where)[where], expected[where])
-    without_pixels = {"inputs_embeds": expected, "attention_mask": batch["attention_mask"]}
-    assert torch.equal(model(**without_pixels).logits, model(**batch).logits)
+    assert torch.equal(model(inputs_embeds=expected, attention_mask=batch["attention_mask"]).logits, logits)
     assert torch.equal(model(input_ids=IDS, pixel_values=PICTURE[:0]).logits, model(input_ids=IDS).logits)
+    for keep in (1, 5):
+        assert_close(model(**batch, logits_to_keep=keep).logits, logits[:, -keep:], 1e-6)
 
 
-IDS, EMBEDDINGS, PICTURE = torch.full((1, 5), 11), torch.ones(1, 5, 48), torch.ones(1, 3, 26, 26)
-WRONG_INPUTS = {
-    "neither ids nor embeddings": ({}, "either input_ids or inputs_embeds"),
-    "ids and embeddings": ({"input_ids": IDS, "inputs_embeds": EMBEDDINGS}, "either input_ids or inputs_embeds"),
-    "a mask of another length": ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"\[1, 4\], expected .*5\]"),
-    "labels of few logits": ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "logits_to_keep must be 0"),
-    "no place for an image": ({"input_ids": IDS, "pixel_values": PICTURE}, "36 image features for 0 image tokens"),
-    "pixels of another size": ({"input_ids": IDS, "pixel_values": torch.ones(1, 3, 30, 30)},
-                               r"pixel_values has shape \[1, 3, 30, 30\], expected \[images, 3, 26, 26\]"),
-    "places without pictures": ({"input_ids": IDS, "images_seq_mask": IDS > 0}, "no pixel_values for 5 image tokens"),
-    "places that a mask gives": ({"input_ids": IDS, "pixel_values": PICTURE, "images_seq_mask": IDS > 0},
-                                 "36 image features for 5 image tokens"),
-}  # fmt: skip
+WRONG_INPUTS = [  # a model, what it is given beside ids, words of the error
+    ("siglip", {"input_ids": None}, "either input_ids or inputs_embeds"),
+    ("siglip", {"inputs_embeds": torch.ones(1, 5, 48)}, "either input_ids or inputs_embeds"),
+    ("siglip", {"attention_mask": torch.ones(1, 4)}, r"\[1, 4\], expected .*5\]"),
+    ("siglip", {"labels": IDS, "logits_to_keep": 1}, "logits_to_keep must be 0"),
+    ("siglip", {"pixel_values": PICTURE}, "36 image features for 0 image tokens"),
+    ("siglip", {"pixel_values": PICTURE, "images_seq_mask": IDS > 0}, "36 image features for 5 image tokens"),
+    ("siglip", {"images_seq_mask": IDS > 0}, "no pixel_values for 5 image tokens"),
+    ("siglip", {"pixel_values": torch.ones(1, 3, 30, 30)},
+     r"pixel_values has shape \[1, 3, 30, 30\], expected \[images, 3, 26, 26\]"),
+    ("hybrid", {"pixel_values": PICTURE}, r"expected \[images, 3, 80, 80\]"),
+    ("vl2", {"pixel_values": TILES}, "pixel_values of tiles need images_spatial_crop"),
+    *(("vl2", {"pixel_values": TILES, "images_spatial_crop": torch.tensor(crop)},
+       f"counts {tiles} tiles with the global views, pixel_values hold 3")
+      for crop, tiles in (([[1, 1]], 2), ([[1, 1], [1, 1]], 4), ([[0, 0]], 0), ([[3, 2]], 7))),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("inputs, message", WRONG_INPUTS.values(), ids=WRONG_INPUTS)
-def test_wrong_inputs_are_errors_that_say_why(small_pair, inputs, message):
+@pytest.mark.parametrize("kind, inputs, message", WRONG_INPUTS)
+def test_wrong_inputs_are_errors_that_say_why(small_pair, kind, inputs, message):
+    model = small_vl2(SMALL)[0] if kind == "vl2" else small_pair(kind).ours
     with pytest.raises(ValueError, match=message):
-        small_pair("siglip").ours(**inputs)
-
-
-def test_wrong_inputs_of_a_hybrid_and_of_tiles(small_pair):
-    with pytest.raises(ValueError, match=r"expected \[images, 3, 80, 80\]"):
-        small_pair("hybrid").ours.encode_images(PICTURE)
-    model, batch = small_vl2(SMALL)
-    with pytest.raises(ValueError, match="pixel_values of tiles need images_spatial_crop"):
-        model.encode_images(batch["pixel_values"])
-    for crop, tiles in (([[1, 1]], 2), ([[1, 1], [1, 1]], 4), ([[0, 0]], 0), ([[3, 2]], 7)):
-        with pytest.raises(ValueError, match=f"counts {tiles} tiles with the global views, pixel_values hold 3"):
-            model.encode_images(batch["pixel_values"], images_spatial_crop=torch.tensor(crop))
+        model(**{"input_ids": IDS} | inputs)
 
 
 # ------------------------------------------------------------------------------------ cache and positions
 
 
-def check_pieces(model, batch: dict, sizes: list[int]) -> None:
-    """A batch's tokens fed in pieces through one cache give the logits and the attention weights of one pass."""
+@pytest.mark.parametrize("case", ["siglip", "siglip padded", "hybrid", "hybrid padded", *LANGUAGES])
+def test_a_batch_fed_in_pieces_through_a_cache_equals_one_pass(small_pair, case):
+    """In its logits, also while recording, and in the attention weights that a record holds."""
+    if case in LANGUAGES:
+        (model, batch), sizes = small_vl2(LANGUAGES[case]), [3, 15, 1, 9, 1]
+    else:
+        kind, lengths, sizes = case.split()[0], (54, 42) if "padded" in case else (54,), [20, 1, 1, 7, 24, 1]
+        model, batch = small_pair(kind).ours, random_batch(kind, lengths)
     whole, _, attentions = inside(model, batch)
-    features = encode_images(model, batch)
-    embeddings = model.embed(batch["input_ids"], features, batch.get("images_seq_mask"))
+    embeddings = model.embed(batch["input_ids"], encode_images(model, batch), batch.get("images_seq_mask"))
     for recording in (False, True):
         cache, end = model.new_cache(*batch["input_ids"].shape), 0
         for piece in embeddings.split(sizes, dim=1):
             start, end = end, end + piece.shape[1]
-            mask = batch["attention_mask"][:, start:end] if "attention_mask" in batch else None
-            inputs = {"inputs_embeds": piece, "attention_mask": mask, "cache": cache}
+            inputs = {"inputs_embeds": piece, "attention_mask": batch["attention_mask"][:, start:end], "cache": cache}
             output, _, weights = inside(model, inputs) if recording else (model(**inputs), [], [])
             assert_close(output.logits, whole.logits[:, start:end])
             for tested, expected in zip(weights, attentions):
                 assert_close(tested, expected[:, :, start:end, :end])
         assert cache.length == end == cache.capacity
-
-
-@both_kinds
-@pytest.mark.parametrize("lengths", [(54,), (54, 42)], ids=["one row", "padded"])
-def test_cached_steps_equal_one_pass(small_pair, kind, lengths):
-    batch = random_batch(kind, lengths)
-    if len(lengths) == 1:
-        del batch["attention_mask"]
-    check_pieces(small_pair(kind).ours, batch, [20, 1, 1, 7, 24, 1])
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_cached_steps_of_vl2_equal_one_pass(language):
-    check_pieces(*small_vl2(LANGUAGES[language]), [3, 15, 1, 9, 1])
 
 
 def test_a_mask_may_be_left_out_where_no_more_padding_comes(small_pair):
@@ -124,19 +98,18 @@ def test_errors_of_a_cache(small_pair):
         model(input_ids=IDS, cache=model.new_cache(2, 10))
 
 
-@pytest.mark.parametrize(
-    "name, values", [("deepseek-vl2-small", 27 * 576), ("deepseek-vl2", 30 * 576), ("deepseek-vl2-tiny", 12 * 2 * 1280)]
-)
-def test_cache_holds_a_latent_and_a_rotated_key_a_token_and_layer(name, values):
+def test_cache_holds_a_latent_and_a_rotated_key_a_token_and_layer():
     """kv_lora_rank + qk_rope_head_dim = 512 + 64 values; tiny, without latents, all its keys and values."""
-    cache = KVCache(MODELS[name].language, 1, 4096, torch.bfloat16, device="meta")
-    assert sum(tensor.numel() for layer in cache.layers for tensor in layer.tensors) == values * 4096
+    values = {"deepseek-vl2-small": 27 * 576, "deepseek-vl2": 30 * 576, "deepseek-vl2-tiny": 12 * 2 * 1280}
+    for name, count in values.items():
+        cache = KVCache(MODELS[name].language, 1, 4096, torch.bfloat16, device="meta")
+        assert sum(tensor.numel() for layer in cache.layers for tensor in layer.tensors) == count * 4096
 
 
-# ------------------------------------------------------------------------------------ what a model records
+# ------------------------------------------------------------------------------------ record, half precision
 
 
-@both_kinds
+@pytest.mark.parametrize("kind", KINDS)
 def test_record_holds_every_layer_and_every_attention_of_the_towers(small_pair, kind):
     """Nothing is kept once the block ends."""
     model, batch = small_pair(kind).ours, random_batch(kind)
@@ -153,33 +126,26 @@ def test_record_holds_every_layer_and_every_attention_of_the_towers(small_pair, 
         assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-5)
 
 
-# ------------------------------------------------------------------------------------ half precision
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["hybrid", "vl2-mha", "vl2-mla-sigmoid"])
-def test_half_precision_error_is_of_the_order_of_rounding(small_pair, name, dtype):
+@pytest.mark.parametrize("name", ["vl-hybrid", "vl2-mha", "vl2-mla-sigmoid"])
+def test_half_precision_error_is_of_the_order_of_rounding(name, dtype):
     """Hidden states after the first layer and image features, of a padded batch; nothing is NaN, padding included.
 
     Later layers of experts may differ: a rounding may send a token to another one. Pixels are split in float32.
     """
-    if name == "hybrid":
-        exact, folder, batch = small_pair(name).ours, small_pair(name).folder, random_batch(name)
-        split = exact.vision.split(torch.rand(1, 3, 80, 80, dtype=dtype))
-        assert all(pixels.dtype == torch.float32 for pixels in split)
-    else:
-        (exact, processor), folder = golden_model(name), golden(name).folder
-        batch = processor([golden(name).conversations[case] for case in (0, 3)])
-    (_, expected, _), real = inside(exact, batch), batch["attention_mask"].bool()
-    half, tolerance = load_model(folder, dtype=dtype), 2 * torch.finfo(dtype).eps
-    output, tested, _ = inside(half, batch)
+    (exact, processor), half = golden_model(name), load_model(golden(name).folder, dtype=dtype)
+    batch = processor([golden(name).conversations[case] for case in (0, 3)])
+    (_, expected, _), (output, tested, _) = inside(exact, batch), inside(half, batch)
+    real, tolerance = batch["attention_mask"].bool(), 2 * torch.finfo(dtype).eps
     assert output.logits.dtype == dtype
     assert all(states.isfinite().all() for states in (output.logits, *tested))
     assert_close(tested[1][real], expected[1][real], tolerance)
     assert_close(torch.cat(encode_images(half, batch)), torch.cat(encode_images(exact, batch)), tolerance)
+    if name == "vl-hybrid":
+        assert all(pixels.dtype == torch.float32 for pixels in half.vision.split(batch["pixel_values"].to(dtype)))
 
 
-# ------------------------------------------------------------------------------------ experts
+# ------------------------------------------------------------------------------------ experts, learning
 
 
 def test_layers_that_have_experts():
@@ -191,13 +157,9 @@ def test_layers_that_have_experts():
 def test_experts_that_nobody_chose_are_not_touched():
     moe, x = randomized(MixtureOfExperts(SMALL)), torch.randn(1, 1, 32)
     chosen, expected = set(moe.gate(x[0])[0].flatten().tolist()), moe(x)
-    for index, expert in enumerate(moe.experts):
-        if index not in chosen:
-            expert.requires_grad_(False).to("meta")  # no values: to use them is an error
+    for index in set(range(8)) - chosen:
+        moe.experts[index].requires_grad_(False).to("meta")  # no values: to use them is an error
     assert len(chosen) == 3 and torch.equal(moe(x), expected)
-
-
-# ------------------------------------------------------------------------------------ learning
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -210,16 +172,15 @@ def test_every_parameter_that_should_learn_gets_a_gradient_and_training_lowers_t
     chosen = {f"{name[:-5]}.experts.{e}" for name, experts in gates.items() for e in experts.unique().tolist()}
     assert len(gates) == 2
     optimizer, losses = torch.optim.Adam(model.train().parameters(), lr=3e-3), []
-    for _ in range(4):
+    for step in range(4):
         with torch.enable_grad():
             loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
-        if not losses:
-            for name, parameter in model.named_parameters():
-                unused = ".experts." in name and name.rsplit(".", 2)[0] not in chosen
-                learns = not unused and not name.endswith("e_score_correction_bias")
-                assert learns == (parameter.grad is not None and bool(parameter.grad.any())), name
+        for name, parameter in model.named_parameters() if step == 0 else ():
+            unused = ".experts." in name and name.rsplit(".", 2)[0] not in chosen
+            learns = not unused and not name.endswith("e_score_correction_bias")
+            assert learns == (parameter.grad is not None and bool(parameter.grad.any())), name
         losses.append(loss.item())
         optimizer.step()
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0], losses

@@ -2,19 +2,17 @@
 
 import itertools
 import os
-import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import web
 from commands import assert_refused, run_command
-from conftest import ROOT, golden, golden_model
+from conftest import DEMO, golden, golden_model
 
 from generate import TextStream, generate
 
@@ -28,15 +26,29 @@ CHROMIUM, DRIVER = (shutil.which("chromium") or shutil.which("chromium-browser")
 in_browser = pytest.mark.skipif(
     not (web.gr and webdriver and CHROMIUM and DRIVER), reason="needs gradio, selenium, chromium and chromedriver"
 )
-DEMO = ROOT / "demo"
 SCENE, PHOTO = DEMO / "images" / "scene.png", DEMO / "images" / "photo.png"
-SECONDS = 60  # the most that a test waits for what it expects
 
 
-def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, capsys):
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+CANNOT_BE = {
+    "--port 0": "error: --port 0: expected 1 to 65535\n",
+    "--host none.invalid": "error: cannot listen on --host none.invalid --port 7860: ",
+    "--chunk-size 0": "error: chunk_size is 0, expected ",
+    "--port TAKEN": ": Address already in use\n",
+    "--port FREE": "error: the page needs Gradio: pip install gradio\n",
+}
+
+
+@pytest.mark.parametrize("options, message", CANNOT_BE.items())
+def test_what_cannot_be_is_one_line(options, message, monkeypatch, capsys):
     monkeypatch.setattr(web, "gr", None)
-    done = run_command(web.main, ["--port", free_port()], capsys)
-    assert_refused(done, "error: the page needs Gradio: pip install gradio\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = options.replace("TAKEN", f"{server.getsockname()[1]}").replace("FREE", f"{free_port()}")
+        assert_refused(run_command(web.main, options.split(), capsys), message)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "vl2"])
@@ -50,55 +62,27 @@ def test_the_page_says_that_the_model_is_small(name, monkeypatch, capsys):
     assert_refused(done, f"Asking the small model in demo/{name}, which knows drawn shapes")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    "option, value, message",
-    [
-        ("--port", "0", "error: --port 0: expected 1 to 65535\n"),
-        ("--host", "none.invalid", "error: cannot listen on --host none.invalid --port 7860: "),
-        ("--chunk-size", "0", "error: chunk_size is 0, expected "),
-        ("--port", "TAKEN", ": Address already in use\n"),
-    ],
-)
-def test_what_cannot_be_is_one_line(option, value, message, capsys):
-    main = partial(runpy.run_path, str(DEMO / "web.py"), run_name="__main__")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        value = value.replace("TAKEN", f"{server.getsockname()[1]}")
-        assert_refused(run_command(main, [option, value], capsys), message)
-
-
-def answer_alone(name: str, messages: list[dict], max_new_tokens: int = 12) -> str:
+def answer_alone(name: str, messages: list[dict]) -> str:
     """What `generate` gives a conversation."""
     model, processor = golden_model(name)
-    (ids,) = generate(model, processor(messages), max_new_tokens=max_new_tokens)
+    (ids,) = generate(model, processor(messages), max_new_tokens=12)
     text = TextStream(processor.tokenizer)
     return ("".join(map(text.push, ids)) + text.finish()).strip()
-
-
-def last_answer(answers) -> str:
-    return [answer for answer, _ in answers][-1]
 
 
 @pytest.mark.parametrize("name", ["vl-siglip", "vl2-mla"])
 def test_visitors_asking_at_once_do_not_mix(name):
     model, processor = golden_model(name)
     chat, pictures = web.Chat(model, processor, None), sorted((golden(name).folder / "images").iterdir())
-    conversations = [
-        [{"role": "user", "content": "What is this?", "images": pictures[:1]}],
-        [{"role": "user", "content": "Why?"}],
-        [{"role": "user", "content": "What is this?", "images": pictures[1:3]}],
-    ]
+    asked = ("What is this?", pictures[:1]), ("Why?", []), ("What is this?", pictures[1:3])
+    conversations = [[{"role": "user", "content": text, "images": images}] for text, images in asked]
     for _ in range(2):  # turns
-        asked = [chat.answer(f"{i}", processor(c), max_new_tokens=12) for i, c in enumerate(conversations)]
-        said = list(itertools.zip_longest(*asked))  # a token for each in turn
+        answers = [chat.answer(f"{i}", processor(c), max_new_tokens=12) for i, c in enumerate(conversations)]
+        said = list(itertools.zip_longest(*answers))  # a token for each in turn
         for i, conversation in enumerate(conversations):
-            texts = [step[i][0] for step in said if step[i]]
-            assert texts[-1] == answer_alone(name, conversation)
-            reply = {"role": "assistant", "content": texts[-1] or "Nothing."}
+            *_, last = (step[i][0] for step in said if step[i])
+            assert last == answer_alone(name, conversation)
+            reply = {"role": "assistant", "content": last or "Nothing."}
             conversation += [reply, {"role": "user", "content": "And now?"}]
     assert len(chat.caches) == 3
 
@@ -106,16 +90,20 @@ def test_visitors_asking_at_once_do_not_mix(name):
 def test_a_stopped_answer_and_many_visitors_leave_the_caches_whole():
     model, processor = golden_model("vl-siglip")
     chat, messages = web.Chat(model, processor, 7), [{"role": "user", "content": "Why?"}]
-    stopped = chat.answer("a", processor(messages), max_new_tokens=100)
+
+    def answer(visitor: str, longest: int = 12):
+        return chat.answer(visitor, processor(messages), max_new_tokens=longest)
+
+    stopped = answer("a", 100)
     partial = [next(stopped)[0] for _ in range(5)][-1]
-    twice = chat.answer("a", processor(messages), max_new_tokens=12)  # by the same visitor, at the same time
+    twice = answer("a")  # by the same visitor, at the same time
     next(twice)
     stopped.close()
-    assert last_answer(twice) == answer_alone("vl-siglip", messages)
+    assert [*twice][-1][0] == answer_alone("vl-siglip", messages)
     messages += [{"role": "assistant", "content": partial}, {"role": "user", "content": "And now?"}]
-    assert last_answer(chat.answer("a", processor(messages), max_new_tokens=12)) == answer_alone("vl-siglip", messages)
+    assert [*answer("a")][-1][0] == answer_alone("vl-siglip", messages)
     for i in range(3 * web.VISITORS):
-        assert last_answer(chat.answer(f"{i}", processor(messages), max_new_tokens=1))
+        assert [*answer(f"{i}", 1)][-1][0]
     assert len(chat.caches) == web.VISITORS
 
 
@@ -149,8 +137,8 @@ class Visitor:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def wait(self, condition):
-        """Until the condition holds; returns it."""
-        end = time.monotonic() + SECONDS
+        """Until the condition holds, a minute at most; returns it."""
+        end = time.monotonic() + 60
         while not (held := condition()):
             assert time.monotonic() < end, self.find("body")[0].text
             time.sleep(0.1)
@@ -160,21 +148,23 @@ class Visitor:
         (button,) = (button for button in self.find("button") if button.text.strip().startswith(name))
         self.browser.execute_script("arguments[0].click()", button)
 
+    def start_anew(self) -> None:
+        self.press("New conversation")
+        self.wait(lambda: not self.answers() and not self.find(".thumbnail-item") and not self.written())
+
     def ask(self, text: str, *pictures: Path) -> None:
         for count, picture in enumerate(pictures, start=1):
             (files,) = self.find("input[type=file]")
             self.browser.execute_script("arguments[0].value = ''", files)  # send_keys adds to what was sent before
             files.send_keys(str(picture))
             self.wait(lambda count=count: len(self.find(".thumbnail-item")) == count)
-        (box,) = self.find("textarea")
-        box.send_keys(text, Keys.ENTER)
+        self.find("textarea")[0].send_keys(text, Keys.ENTER)
+
+    def written(self) -> str:
+        return self.find("textarea")[0].get_attribute("value")
 
     def answers(self) -> list[str]:
         return [bubble.text for bubble in self.find("[data-testid=bot]") if bubble.text]
-
-    def close(self) -> None:
-        self.find("body")
-        self.browser.close()
 
     def toast(self) -> str:
         return "".join(toast.text for toast in self.find("[data-testid=toast-body]"))
@@ -193,37 +183,27 @@ def demo_address():
     process.wait()
 
 
-def pictures_and_turns(browser, demo_address):
-    visitor = Visitor(browser, demo_address)
-    visitor.ask("What does the sign say?", SCENE)
-    visitor.wait(lambda: visitor.answers() == ["It says PUSH."])
-    visitor.press("New conversation")
-    visitor.wait(lambda: visitor.answers() == [])
-    visitor.ask("Read the text.", SCENE, PHOTO)
-    visitor.wait(lambda: len(visitor.answers()) == 1 and visitor.answers()[0].endswith("."))
-    visitor.ask("How many stars are there?")
-    visitor.wait(lambda: len(visitor.answers()) == 2 and visitor.answers()[1].endswith("."))
-
-
-def a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(browser, demo_address, tmp_path):
+@in_browser
+def test_damaged_pictures_examples_several_pictures_and_turns(browser, demo_address, tmp_path):
     visitor, damaged = Visitor(browser, demo_address), tmp_path / "damaged.png"
     damaged.write_bytes(SCENE.read_bytes()[:300])
     visitor.ask("What does the sign say?", damaged)
     visitor.wait(lambda: "damaged.png: damaged image data" in visitor.toast())
     assert "Traceback" not in visitor.find("body")[0].text and "/" not in visitor.toast()
-    assert visitor.find("textarea")[0].get_attribute("value") == "What does the sign say?"  # to be asked again
-    visitor.press("New conversation")
-    visitor.wait(lambda: not visitor.find(".thumbnail-item"))
+    assert visitor.written() == "What does the sign say?"  # to be asked again
+    visitor.start_anew()
     visitor.ask("Read the text.", PHOTO)
     visitor.wait(lambda: visitor.answers() == ["It says 36."])
-
-
-def examples_fill_the_box(browser, demo_address):
-    visitor = Visitor(browser, demo_address)
+    visitor.start_anew()
     visitor.press("What does the sign say?")
-    visitor.wait(lambda: visitor.find("textarea")[0].get_attribute("value") == "What does the sign say?")
+    visitor.wait(lambda: visitor.written() == "What does the sign say?")
     visitor.ask("")
     visitor.wait(lambda: visitor.answers() == ["It says PUSH."])
+    visitor.start_anew()
+    visitor.ask("Read the text.", SCENE, PHOTO)
+    visitor.wait(lambda: len(visitor.answers()) == 1 and visitor.answers()[0].endswith("."))
+    visitor.ask("How many stars are there?")
+    visitor.wait(lambda: len(visitor.answers()) == 2 and visitor.answers()[1].endswith("."))
 
 
 @pytest.fixture
@@ -240,16 +220,14 @@ def serve():
         page.close(verbose=False)
 
 
-LONGEST = "input[aria-label='number input for Max Generation Tokens']"
-
-
-def two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
+@in_browser
+def test_two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
     chat = web.Chat(*golden_model("vl-siglip"), None)  # random: it speaks until something ends it
     address = serve(chat)
     first, second = Visitor(browser, address), Visitor(browser, address)
     for visitor, longest in ((first, "4096"), (second, "16")):
         visitor.press("Options")
-        (box,) = visitor.wait(lambda visitor=visitor: visitor.find(LONGEST))
+        (box,) = visitor.wait(lambda visitor=visitor: visitor.find("input[aria-label^='number input for Max']"))
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(longest, Keys.ENTER)
     first.ask("Tell me a story.")
@@ -263,11 +241,12 @@ def two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve):
     first.wait(lambda: len(chat.caches) == 2)
     first.ask("Another one.")
     first.wait(lambda: len(first.answers()) == 2)
-    first.close()
+    browser.close()  # the first one's tab
     second.wait(lambda: len(chat.caches) == 1)  # nothing is computed for nobody
 
 
-def boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
+@in_browser
+def test_boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
     model, processor = golden_model("vl2-mha")
     located = "<|ref|>the triangle<|/ref|><|det|>[[640, 350, 900, 600]]<|/det|>"
     monkeypatch.setattr(web.Chat, "answer", lambda *_, **__: iter([(located, processor.eos_token_id)]))
@@ -275,12 +254,3 @@ def boxes_are_drawn_on_the_picture(browser, serve, monkeypatch):
     visitor.ask("<|ref|>the triangle<|/ref|>.", SCENE)
     visitor.wait(lambda: len(visitor.find("[data-testid=bot] img, .bot img")) == 1)
     assert visitor.answers()[0] == located
-
-
-@in_browser
-def test_the_page_in_a_browser(browser, demo_address, serve, tmp_path, monkeypatch):
-    pictures_and_turns(browser, demo_address)
-    a_damaged_upload_gives_a_message_and_stays_out_of_the_conversation(browser, demo_address, tmp_path)
-    examples_fill_the_box(browser, demo_address)
-    two_visitors_at_once_a_stop_and_a_closed_tab(browser, serve)
-    boxes_are_drawn_on_the_picture(browser, serve, monkeypatch)
