@@ -17,6 +17,7 @@ figure is the median of its turns (of loading, of at most three without warm-up)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -26,8 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -36,8 +36,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("towers", "answer", "vl2", "chat", "many", "load")
+DEMO = ROOT / "demo"
 ON_A_GPU = ("towers", "answer", "vl2")
+SECTIONS = (*ON_A_GPU, "chat", "many", "load")
 
 
 def private_mebibytes() -> float:
@@ -45,9 +46,8 @@ def private_mebibytes() -> float:
     return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Yields a list; after the block, its largest number is the peak of private memory inside."""
+def peak_memory(run: Callable[[], object]) -> float:
+    """The peak of private memory while `run` runs."""
     seen, done = [private_mebibytes()], threading.Event()
 
     def watch() -> None:
@@ -57,10 +57,11 @@ def peak_memory() -> Iterator[list[float]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield seen
+        run()
     finally:
         done.set()
         thread.join()
+    return max(seen)
 
 
 def prompt(vocabulary: int, text: int, image: int = 0, pixels: int = 0) -> dict[str, torch.Tensor]:
@@ -101,12 +102,8 @@ class Side:
     def weigh(self, folder: str, dtype: str, options: dict, *sizes: int) -> list[float]:
         """Seconds to load, and the peaks of private memory (MiB) while loading and while answering."""
         before, start = private_mebibytes(), time.perf_counter()
-        with peak_memory() as loading:
-            self.open(folder, dtype, **options)
-            seconds = time.perf_counter() - start
-        with peak_memory() as answering:
-            self.answer(8, *sizes)
-        return [seconds, max(loading) - before, max(answering) - before]
+        loading, seconds = peak_memory(lambda: self.open(folder, dtype, **options)), time.perf_counter() - start
+        return [seconds, loading - before, peak_memory(lambda: self.answer(8, *sizes)) - before]
 
 
 class Ours(Side):
@@ -117,19 +114,16 @@ class Ours(Side):
         self.generate, self.load_model = import_module("generate"), import_module("load_weights").load_model
 
     def load(self, folder: str, dtype: torch.dtype, compiled: bool = False, **options) -> torch.nn.Module:
-        model, self.decoding = self.load_model(folder, dtype=dtype, device=self.device, **options), {}
-        if compiled and hasattr(self.generate, "compile_steps"):
+        model = self.load_model(folder, dtype=dtype, device=self.device, **options)
+        if compiled:
             self.generate.compile_steps(model, failed=lambda why: print(f"not compiled: {why}", file=sys.stderr))
-        elif compiled:  # in older copies
-            self.decoding = {"compiled": self.generate.CompiledStep(model)}
         return model
 
     def tower(self, name: str) -> Callable:
         return self.model.vision.high if name == "sam" else self.model.vision
 
     def token_times(self, batch: dict, count: int) -> list[float]:
-        steps = self.generate.stream(self.model, batch, max_new_tokens=count, **self.decoding)
-        return [time.perf_counter() for _ in steps]
+        return [time.perf_counter() for _ in self.generate.stream(self.model, batch, max_new_tokens=count)]
 
     def turns(self, *sizes: int) -> list[float]:
         """Seconds to the first token of a conversation's second turn, and of its first. `sizes`: see `prompt`."""
@@ -205,66 +199,58 @@ def shrunk(config):
     if hasattr(config.vision, "high"):
         high = replace(config.vision.high, image_size=256, layers=3, global_layers=(2,))
         vision = replace(config.vision, low=low, high=high)
-    language, experts = config.language, config.language.experts
-    experts = experts and replace(experts, n_routed_experts=8)
+    experts = config.language.experts and replace(config.language.experts, n_routed_experts=8)
     sizes = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=128)
-    language = replace(language, **sizes, num_attention_heads=2, num_key_value_heads=2, experts=experts)
-    return replace(config, vision=vision, language=language)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "experts": experts}
+    return replace(config, vision=vision, language=replace(config.language, **sizes))
 
 
 def config_json(config) -> dict:
     """DeepSeek-VL in the layout of transformers, DeepSeek-VL2 in its own."""
-    language = {key: value for key, value in asdict(config.language).items() if isinstance(value, (int, float))}
-    low, high = getattr(config.vision, "low", config.vision), getattr(config.vision, "high", None)
-    if config.tiles:
-        preset = {"model_name": "siglip_so400m_patch14_384", "mlp_ratio": (low.mlp_width + 0.5) / low.width}
-        projector = {"n_embed": language["hidden_size"], "input_dim": low.width}
-        language |= asdict(config.language.experts) | {"use_mla": False}
-        values = {"vision_config": asdict(low) | preset, "projector_config": projector, "language_config": language}
-        return values | {"model_type": "deepseek_vl_v2"}
-    siglip = dict(
-        image_size=low.image_size, patch_size=low.patch_size, hidden_size=low.width, num_hidden_layers=low.layers,
-        num_attention_heads=low.heads, intermediate_size=low.mlp_width, hidden_act="gelu", vision_use_head=False,
-    )  # fmt: skip
-    values = {"vision_config": {"model_type": "siglip_vision_model"} | siglip, "tie_word_embeddings": False}
-    values |= {"text_config": {"model_type": "llama"} | language, "image_token_id": language["vocab_size"] - 1}
-    if high is None:
-        return values | {"model_type": "deepseek_vl"}
-    sam = dict(image_size=high.image_size, num_hidden_layers=high.layers, global_attn_indexes=[*high.global_layers])
-    sam |= {"model_type": "sam_vision_model"}  # the other sizes are transformers' defaults
-    return values | {"model_type": "deepseek_vl_hybrid", "high_res_vision_config": sam}
+    if not config.tiles:
+        files = import_module("convert").transformers_files(config, demo_processor())
+        return files["config.json"] | {"image_token_id": config.language.vocab_size - 1}
+    vision, language = asdict(config.vision), asdict(config.language)
+    vision |= {"model_name": "siglip_so400m_patch14_384", "mlp_ratio": (vision["mlp_width"] + 0.5) / vision["width"]}
+    projector = {"n_embed": language["hidden_size"], "input_dim": vision["width"]}
+    values = {"model_type": "deepseek_vl_v2", "vision_config": vision, "projector_config": projector}
+    return values | {"language_config": language | language["experts"] | {"use_mla": False}}
 
 
-def write_checkpoint(folder: Path, config) -> str:
-    """Random float16 weights: each parameter starts elsewhere in one block of noise; vectors are ones."""
-    if folder.exists():
-        return str(folder)
-    weights = import_module("load_weights")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(config)))
-    with torch.device("meta"):
-        model = import_module("model").DeepseekVL(weights.read_config(folder)).half()
-    model, noise = model.to_empty(device="cpu"), (torch.rand(2**20) - 0.5) * 0.06
-    for parameter in model.parameters():
-        noise = noise.roll(int(torch.randint(len(noise), ())))
-        for piece in parameter.data.view(-1).split(len(noise)):
-            piece.copy_(noise[: len(piece)] if parameter.dim() > 1 else 1)
-    weights.save_model(model, folder)
-    return str(folder)
+def demo_processor():
+    return import_module("processor").Processor(DEMO / "checkpoint")
 
 
 class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.folder, self.code, self.ours = folder, args.against and args.against.resolve(), Ours(ROOT)
+        sys.path.append(str(DEMO))
         self.other = Elsewhere(self.code) if self.code else Transformers()
         self.dtype = args.dtype or str(self.ours.generate.pick_dtype("auto", torch.device(args.device))).split(".")[-1]
-        self.turns, self.new_tokens, self.device = args.turns, 4 if args.small else 32, args.device
+        self.turns, self.small, self.device = args.turns, args.small, args.device
         self.configs = dict(import_module("model").MODELS)
         for name, big in (("siglip", "deepseek-vl-1.3b"), ("sam", "deepseek-vl-7b")):  # with next to no decoder
             language = replace(self.configs[big].language, num_hidden_layers=1, vocab_size=512)
             self.configs[name] = replace(self.configs[big], language=language)
         if args.small:
             self.configs = {name: shrunk(config) for name, config in self.configs.items()}
+
+    def checkpoint(self, name: str) -> str:
+        """Random float16 weights: each parameter starts elsewhere in one block of noise; vectors are ones."""
+        folder, weights = self.folder / name, import_module("load_weights")
+        if folder.exists():
+            return str(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config_json(self.configs[name])))
+        with torch.device("meta"):
+            model = import_module("model").DeepseekVL(weights.read_config(folder)).half()
+        model, noise = model.to_empty(device="cpu"), (torch.rand(2**20) - 0.5) * 0.06
+        for parameter in model.parameters():
+            noise = noise.roll(int(torch.randint(len(noise), ())))
+            for piece in parameter.data.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)] if parameter.dim() > 1 else 1)
+        weights.save_model(model, folder)
+        return str(folder)
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """The arguments of `prompt`."""
@@ -277,11 +263,13 @@ class Bench:
     def compare(self, name: str, method: str, *arguments, **options) -> list[tuple[float, ...]]:
         """Medians of what a method of each side returns, called in turns: for each value, ours and the other one."""
         alone = self.configs[name].tiles and not self.code  # transformers has no DeepSeek-VL2
-        sides = [self.ours] if alone else [self.ours, self.other]
+        sides, folder = [self.ours] if alone else [self.ours, self.other], self.checkpoint(name)
         for side in sides:
-            folder = write_checkpoint(self.folder / name, self.configs[name])
             side.open(folder, self.dtype, self.device, pack=True, **options)
-        return medians([[getattr(side, method)(*arguments) for side in sides] for _ in range(self.turns + 1)][1:])
+        return self.in_turns(lambda: [getattr(side, method)(*arguments) for side in sides])
+
+    def in_turns(self, turn: Callable[[], list[list[float]]]) -> list[tuple[float, ...]]:
+        return medians([turn() for _ in range(self.turns + 1)][1:])
 
     def head(self, title: str) -> None:
         other = "before" if self.code else "transformers"
@@ -297,59 +285,57 @@ class Bench:
             size = self.sizes(name)[-1]
             self.row(label, *self.compare(name, "look", name, [1, 3, size, size]), "{:.3f} s".format)
 
-    def answer(
-        self, title: str = "DeepSeek-VL 1.3B", kinds: tuple = ("", "int8", "int8 compiled", "int4", "int4 compiled")
-    ) -> None:
+    def answer(self, title: str = "DeepSeek-VL 1.3B", bits: tuple = (None, "int8", "int4")) -> None:
         self.head(title)
         name = title.lower().replace(" ", "-")
-        if self.device == "cuda":
-            kinds = tuple(f"{kind}{how}" for kind in kinds if "compiled" not in kind for how in ("", " compiled"))
-        for kind in kinds:
-            bits = next((name for name in ("int8", "int4") if name in kind), None)
-            options = {"quantize": bits, "compiled": "compiled" in kind}
-            first, step = self.compare(name, "answer", self.new_tokens, *self.sizes(name), **options)
-            label = f", {kind.strip()}" if kind else ""
-            if not options["compiled"]:  # only steps are
+        for quantize, compiled in itertools.product(bits, (False, True)):
+            if compiled and not quantize and self.device == "cpu":
+                continue
+            options = {"quantize": quantize, "compiled": compiled}
+            first, step = self.compare(name, "answer", 4 if self.small else 32, *self.sizes(name), **options)
+            kind = " ".join(filter(None, (quantize, "compiled" if compiled else None)))
+            label = f", {kind}" if kind else ""
+            if not compiled:  # only steps are
                 self.row(f"prefill, {sum(self.sizes(name)[1:3])} tokens{label}", first, "{:.2f} s".format)
             self.row(f"decode{label}", step, lambda value: f"{1 / value:.1f} tokens/s")
 
     def vl2(self) -> None:
-        self.answer("DeepSeek-VL2 tiny", ("",))
+        self.answer("DeepSeek-VL2 tiny", (None,))
 
     def chat(self) -> None:
         print("\n| to the first token | second turn | first turn | ratio |\n|---|---|---|---|", flush=True)
         name = "deepseek-vl-1.3b"
-        self.ours.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, self.device, pack=True)
-        runs = [self.ours.turns(*self.sizes(name)) for _ in range(self.turns + 1)][1:]
+        self.ours.open(self.checkpoint(name), self.dtype, self.device, pack=True)
+        (seconds,) = self.in_turns(lambda: [[value] for value in self.ours.turns(*self.sizes(name))])
         label = f"after {sum(self.sizes(name)[1:3])} tokens with one image, {self.dtype}"
-        self.row(label, tuple(map(statistics.median, zip(*runs))), "{:.2f} s".format)
+        self.row(label, seconds, "{:.2f} s".format)
 
     def many(self) -> None:
         print("\n| questions a minute | batches of 8 | alone | ratio |\n|---|---|---|---|", flush=True)
-        sys.path.append(str(ROOT / "demo"))
-        answer, folder = import_module("answer"), ROOT / "demo" / "checkpoint"
-        processor, scene = import_module("processor").Processor(folder), str(ROOT / "demo" / "images" / "scene.png")
-        count = 8 if self.new_tokens < 32 else 32
-        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(count)]
+        answer, processor = import_module("answer"), demo_processor()
+        count, length = (8, 4) if self.small else (32, 80)
+        questions = [
+            answer.Question(i, "Describe this image.", [str(DEMO / "images" / "scene.png")]) for i in range(count)
+        ]
 
         def ask(size: int) -> list[float]:
             start = time.perf_counter()
-            for i in range(0, len(questions), size):
-                answer.ask(self.ours.model, processor, questions[i : i + size], 80 if self.new_tokens == 32 else 4)
-            return [(time.perf_counter() - start) / len(questions)]
+            for i in range(0, count, size):
+                answer.ask(self.ours.model, processor, questions[i : i + size], length)
+            return [(time.perf_counter() - start) / count]
 
-        for kind in ("", "int8"):
-            self.ours.open(str(folder), self.dtype, self.device, pack=True, quantize=kind or None)
-            (seconds,) = medians([[ask(8), ask(1)] for _ in range(self.turns + 1)][1:])
-            label = f"demo, Describe this image., {self.dtype}{', ' * bool(kind)}{kind}"
+        for quantize in (None, "int8"):
+            self.ours.open(str(DEMO / "checkpoint"), self.dtype, self.device, pack=True, quantize=quantize)
+            (seconds,) = self.in_turns(lambda: [ask(8), ask(1)])
+            label = ", ".join(["demo, Describe this image.", self.dtype, *filter(None, [quantize])])
             self.row(label, seconds, lambda value: f"{60 / value:.0f}")
 
     def load(self) -> None:
         self.head("load: peaks are of private memory")
-        plain, packed, int4 = {}, {"pack": True}, {"pack": True, "quantize": "int4"}
-        for kind, options in (("1.3B", plain), ("1.3B packed", packed), ("1.3B int4", int4), ("7B int4", int4)):
+        int4 = {"pack": True, "quantize": "int4"}
+        for kind, options in (("1.3B", {}), ("1.3B packed", {"pack": True}), ("1.3B int4", int4), ("7B int4", int4)):
             name = f"deepseek-vl-{kind.split()[0].lower()}"
-            arguments = write_checkpoint(self.folder / name, self.configs[name]), self.dtype, options, *self.sizes(name)
+            arguments = self.checkpoint(name), self.dtype, options, *self.sizes(name)
             codes = [ROOT] if options is int4 and not self.code else [ROOT, self.code]
             runs = [[Elsewhere(code).last("weigh", *arguments) for code in codes] for _ in range(min(self.turns, 3))]
             for what, values in zip(("seconds", "peak MiB while loading", "peak MiB while answering"), medians(runs)):
