@@ -14,10 +14,12 @@ results of several conversations, and of each only what the tests read.
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -26,28 +28,27 @@ from safetensors.torch import save_file
 NEW_TOKENS, GOLDEN_NEW_TOKENS = 32, 12
 DTYPES = {"float32": (torch.float32, torch.float64), "bfloat16": (torch.bfloat16, torch.float32)}
 
-# A stage, and the module that computes it; `<`: the module's input, `*`: each layer.
+CLASSES = {  # by model_type: package, model and processor, the model's part that is the language model
+    "multi_modality": ("deepseek_vl", "MultiModalityCausalLM", "VLChatProcessor", "language_model"),
+    "deepseek_vl_v2": ("deepseek_vl2", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor", "language"),
+}
 SAM = "vision_model.vision_tower_high.vision_tower"
-HYBRID = [
+STAGES = [  # a stage, and the module that computes it, if there is one; `<`: the module's input, `*`: each layer
     ("SAM pixels", f"<{SAM}"),
     ("SAM embedded", f"<{SAM}.blocks.0"),
     ("SAM layer *", f"{SAM}.blocks.*"),
     ("SAM neck", f"{SAM}.neck"),
     ("SAM early neck", f"{SAM}.neck_hd"),
     ("SAM", "<aligner.high_up_proj"),
-]
-SIGLIP = [
-    ("SigLIP pixels", "<{siglip}"),
-    ("SigLIP embedded", "<{siglip}.blocks.0"),
-    ("SigLIP layer *", "{siglip}.blocks.*"),
-    ("SigLIP", "{siglip}"),
-]
-LANGUAGE = [
-    ("embeddings", "<{language}.model.layers.0"),
-    ("experts *", "{language}.model.layers.*.mlp.gate"),
-    ("decoder layer *", "{language}.model.layers.*"),
-    ("decoder", "{language}.model.norm"),
-    ("logits", "{language}.lm_head"),
+    ("SigLIP pixels", "<SIGLIP"),
+    ("SigLIP embedded", "<SIGLIP.blocks.0"),
+    ("SigLIP layer *", "SIGLIP.blocks.*"),
+    ("SigLIP", "SIGLIP"),
+    ("embeddings", "<LANGUAGE.model.layers.0"),
+    ("experts *", "LANGUAGE.model.layers.*.mlp.gate"),
+    ("decoder layer *", "LANGUAGE.model.layers.*"),
+    ("decoder", "LANGUAGE.model.norm"),
+    ("logits", "LANGUAGE.lm_head"),
 ]
 
 
@@ -66,7 +67,7 @@ def fail(message):
 def collect(model, points, run):
     """What `run` makes the model compute, {stage: tensor}, in the order of computing; first calls of modules count.
 
-    points: stages and paths of modules, as the tables above. Of a router: the weight of each expert for each token.
+    points: stages and paths of modules, as in STAGES. Of a router: the weight of each expert for each token.
     """
     seen = {}
 
@@ -78,19 +79,14 @@ def collect(model, points, run):
         seen.setdefault(stage, value.detach().to("cpu", copy=True).contiguous())
 
     with ExitStack() as stack:
-        for stage, path in points:
-            pattern = re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)")
-            for name, module in model.named_modules():
-                match = re.fullmatch(pattern, name)
-                if match is None:
-                    continue
-                label = stage.replace("*", match[1]) if match.groups() else stage
-                if path.startswith("<"):
-                    hook = lambda m, args, kwargs, s=label: keep(s, m, next(iter((*args, *kwargs.values()))))  # noqa: E731
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                else:
-                    handle = module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out))
-                stack.callback(handle.remove)
+        for (stage, path), (name, module) in itertools.product(points, list(model.named_modules())):
+            match = re.fullmatch(re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)"), name)
+            label = match and match.expand(stage.replace("*", r"\1"))
+            if match and path.startswith("<"):
+                hook = lambda m, args, kwargs, s=label: keep(s, m, next(iter((*args, *kwargs.values()))))  # noqa: E731
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif match:
+                stack.enter_context(module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out)))
         run()
     return seen
 
@@ -118,29 +114,23 @@ class Original:
     def __init__(self, folder, dtype, device):
         self.kind = json.loads((folder / "config.json").read_text())["model_type"]
         self.is_vl2, self.dtype, self.device = self.kind == "deepseek_vl_v2", dtype, device
+        if self.kind not in CLASSES:
+            fail(f"{folder / 'config.json'}: model_type is {self.kind!r}, expected an official checkpoint")
+        package, model_class, processor_class, language = CLASSES[self.kind]
         try:
-            if self.is_vl2:
-                from deepseek_vl2.models import DeepseekVLV2ForCausalLM as Model
-                from deepseek_vl2.models import DeepseekVLV2Processor as Processor
-                from deepseek_vl2.utils.io import load_pil_images
-            elif self.kind == "multi_modality":
-                from deepseek_vl.models import MultiModalityCausalLM as Model
-                from deepseek_vl.models import VLChatProcessor as Processor
-                from deepseek_vl.utils.io import load_pil_images
-            else:
-                fail(f"{folder / 'config.json'}: model_type is {self.kind!r}, expected an official checkpoint")
+            models, io = import_module(f"{package}.models"), import_module(f"{package}.utils.io")
         except ImportError as error:
             fail(f"the original code cannot be imported ({error}): pip install -e . in its repository")
-        self.load_pictures, self.processor = load_pil_images, Processor.from_pretrained(str(folder))
+        self.load_pictures = io.load_pil_images
+        self.processor = getattr(models, processor_class).from_pretrained(str(folder))
         # Not .to(dtype), as in README: that would also round the frequencies of the rotations.
-        self.model = Model.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
-        self.language_name = "language" if self.is_vl2 else "language_model"
-        self.language = getattr(self.model, self.language_name)
+        model = getattr(models, model_class).from_pretrained(str(folder), torch_dtype=dtype)
+        self.model = model.to(device).eval()
+        self.language = getattr(self.model, language)
         hybrid = not self.is_vl2 and hasattr(self.model.vision_model, "vision_tower_high")
         siglip = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
-        names = {"siglip": "vision" if self.is_vl2 else siglip, "language": self.language_name}
-        points = (HYBRID if hybrid else []) + SIGLIP + LANGUAGE
-        self.points = [(stage, path.format(**names)) for stage, path in points]
+        siglip = "vision" if self.is_vl2 else siglip
+        self.points = [(stage, path.replace("SIGLIP", siglip).replace("LANGUAGE", language)) for stage, path in STAGES]
 
     def inputs(self, conversation, dtype):
         options = {"system_prompt": ""} if self.is_vl2 else {}
@@ -159,14 +149,14 @@ class Original:
         features = seen["embeddings"][inputs.images_seq_mask.cpu().bool()]
         return inputs, seen | ({"aligner": features} if len(features) else {})
 
-    def greedy(self, conversation, count, **options):
+    def greedy(self, conversation, count):
         """New ids, and the logits each was chosen by."""
         inputs, logits, tokenizer = self.inputs(conversation, self.dtype), [], self.processor.tokenizer
         hook = self.language.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
         ids = self.language.generate(
             inputs_embeds=self.model.prepare_inputs_embeds(**inputs), attention_mask=inputs.attention_mask,
             pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, max_new_tokens=count, do_sample=False, use_cache=True, **options,
+            eos_token_id=tokenizer.eos_token_id, max_new_tokens=count, do_sample=False, use_cache=True,
         )[0].cpu()  # fmt: skip
         hook.remove()
         return ids, torch.stack(logits[: len(ids)])
@@ -192,25 +182,26 @@ def dump(original, images, prompt, name):
 
 def golden(original, file):
     """The tensors of a golden file: `<case>.<tensor>`, see tests/parity/test_architecture.py."""
-    tensors, vl2 = {}, original.is_vl2
+    tensors = {}
     for case, entry in enumerate(json.loads(file.read_text(encoding="utf-8"))["cases"]):
-        conversation = entry["conversation"]
-        for message in conversation:
+        for message in entry["conversation"]:
             if "images" in message:
                 message["images"] = [str(file.parent / "images" / image) for image in message["images"]]
-        inputs, seen = original.stages(conversation, torch.float32)
-        found = {"input_ids": inputs.input_ids[0], "greedy": original.greedy(conversation, GOLDEN_NEW_TOKENS)[0]}
-        for stage, key in (("decoder layer 0", "hidden_layer1"), ("decoder", "hidden_final"), ("logits", "logits")):
-            found[f"{key}_last64"] = seen[stage][0, -64:]
-        if "aligner" in seen and vl2:
+        inputs, seen = original.stages(entry["conversation"], torch.float32)
+        ids, _ = original.greedy(entry["conversation"], GOLDEN_NEW_TOKENS)
+        found = {"input_ids": inputs.input_ids[0], "greedy": ids, "logits_last64": seen["logits"][0, -64:]}
+        found.update(
+            hidden_layer1_last64=seen["decoder layer 0"][0, -64:], hidden_final_last64=seen["decoder"][0, -64:]
+        )
+        if "aligner" in seen and original.is_vl2:
             found.update(images=inputs.images[0], images_spatial_crop=inputs.images_spatial_crop[0])
             found.update(vision_tile0=seen["SigLIP"][0], image_embeds_head64=seen["aligner"][:64])
-            found.update(image_embeds_tail64=seen["aligner"][-64:])
+            found["image_embeds_tail64"] = seen["aligner"][-64:]
         elif "aligner" in seen:
-            found["pixel_values"] = inputs.pixel_values[0]
-            found["image_features"] = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
-            vision = {"vision_high": seen["SAM"], "vision_low": seen["SigLIP"]} if "SAM" in seen else None
-            found.update(vision or {"vision": seen["SigLIP"]})
+            features = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
+            found.update(pixel_values=inputs.pixel_values[0], image_features=features)
+            towers = {"vision_high": "SAM", "vision_low": "SigLIP"} if "SAM" in seen else {"vision": "SigLIP"}
+            found.update({key: seen[stage] for key, stage in towers.items()})
         tensors.update({f"{case}.{key}": tensor.cpu().clone() for key, tensor in found.items()})
     return tensors, {}
 

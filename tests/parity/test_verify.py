@@ -1,8 +1,9 @@
 """tests/verify.py: it finds each fault of demo/ablate.py at the right stage, and none where there is none."""
 
 import sys
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import dump_original
 import pytest
@@ -52,20 +53,20 @@ class Root(nn.Module):
         for module in ours.modules():
             if hasattr(module, "attend"):
                 module.attend = attention
-        self.kept, decoder = [ours], Decoder(ours)  # in a list: not a submodule
+        self.kept, decoder, tree = [ours], Decoder(ours), nn.ModuleDict  # in a list: not a submodule
         if ours.config.tiles is not None:
             self.vision, self.projector, self.language = ours.vision, ours.aligner, decoder
             return
-        self.language_model, self.vision_model, self.aligner = decoder, nn.Module(), nn.Module()
+        towers, first = {"vision_tower": ours.vision}, {}
         if hasattr(ours.vision, "high"):
-            self.aligner.high_up_proj = ours.aligner.high_proj
-            for side in ("high", "low"):
-                tower = nn.Module()
-                tower.vision_tower = getattr(ours.vision, side)
-                setattr(self.vision_model, f"vision_tower_{side}", tower)
-        else:
-            self.vision_model.vision_tower = ours.vision
-        self.aligner.parts = ours.aligner  # its other weights, which become wide too
+            sides = {"high": ours.vision.high, "low": ours.vision.low}
+            towers = {f"vision_tower_{side}": tree({"vision_tower": tower}) for side, tower in sides.items()}
+            first = {"high_up_proj": ours.aligner.high_proj}
+        self.language_model, self.vision_model, self.aligner = (
+            decoder,
+            tree(towers),
+            tree(first | {"all": ours.aligner}),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype):
@@ -119,20 +120,14 @@ class OriginalProcessor:
 
 @pytest.fixture
 def originals(monkeypatch):
-    """`import deepseek_vl` and `deepseek_vl2` find the stand-in."""
+    """`deepseek_vl` and `deepseek_vl2` are the stand-in."""
     dtype = property(lambda self: self.language.embed_tokens.weight.dtype)  # the layers are wide one at a time
     monkeypatch.setattr(DeepseekVL, "dtype", dtype)
-    classes = {"deepseek_vl": ("MultiModalityCausalLM", "VLChatProcessor")}
-    classes["deepseek_vl2"] = ("DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor")
-    for package, (model, processor) in classes.items():
-        models, io = ModuleType(f"{package}.models"), ModuleType(f"{package}.utils.io")
-        setattr(models, model, Root)
-        setattr(models, processor, OriginalProcessor)
-        io.load_pil_images = lambda talk: [load_image(i) for message in talk for i in message.get("images", [])]
-        for name, module in ((f"{package}.models", models), (f"{package}.utils.io", io)):
-            monkeypatch.setitem(sys.modules, name, module)
-        for name in (package, f"{package}.utils"):
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    load = lambda talk: [load_image(i) for message in talk for i in message.get("images", [])]  # noqa: E731
+    for package, model, processor, _ in dump_original.CLASSES.values():
+        models = SimpleNamespace(**{model: Root, processor: OriginalProcessor})
+        monkeypatch.setitem(sys.modules, f"{package}.models", models)
+        monkeypatch.setitem(sys.modules, f"{package}.utils.io", SimpleNamespace(load_pil_images=load))
 
 
 # ------------------------------------------------------------------------------------ no false alarm
@@ -192,16 +187,16 @@ def references(tmp_path_factory, picture):
     """references(where) -> a folder, and a file of the right stages for it."""
     parent = tmp_path_factory.mktemp("references")
 
+    @cache
     def make(where: str) -> tuple[Path, Path]:
         file, folder = parent / where, golden("vl2-mla-sigmoid" if where == "VL2" else "vl-hybrid").folder
-        if where == "transformers":
-            folder = parent / "converted"
-            if not folder.exists():
-                convert(golden("vl-hybrid").folder, folder, "transformers")
-        if not file.exists() and where == "VL2":
+        if where == "VL2":
             dump_original.main([str(folder), "--image", picture, "--out", str(file), "--dtype", "float32"])
-        elif not file.exists():
-            verify.run_transformers(folder, [picture], "Describe this image.", "float32", file)
+            return folder, file
+        if where == "transformers":
+            convert(folder, parent / "converted", "transformers")
+            folder = parent / "converted"
+        verify.run_transformers(folder, [picture], "Describe this image.", "float32", file)
         return folder, file
 
     return make
