@@ -32,23 +32,27 @@ CLASSES = {  # by model_type: package, model and processor, the model's part tha
     "multi_modality": ("deepseek_vl", "MultiModalityCausalLM", "VLChatProcessor", "language_model"),
     "deepseek_vl_v2": ("deepseek_vl2", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor", "language"),
 }
-SAM = "vision_model.vision_tower_high.vision_tower"
-STAGES = [  # a stage, and the module that computes it, if there is one; `<`: the module's input, `*`: each layer
-    ("SAM pixels", f"<{SAM}"),
-    ("SAM embedded", f"<{SAM}.blocks.0"),
-    ("SAM layer *", f"{SAM}.blocks.*"),
-    ("SAM neck", f"{SAM}.neck"),
-    ("SAM early neck", f"{SAM}.neck_hd"),
-    ("SAM", "<aligner.high_up_proj"),
-    ("SigLIP pixels", "<SIGLIP"),
-    ("SigLIP embedded", "<SIGLIP.blocks.0"),
-    ("SigLIP layer *", "SIGLIP.blocks.*"),
-    ("SigLIP", "SIGLIP"),
-    ("embeddings", "<LANGUAGE.model.layers.0"),
-    ("experts *", "LANGUAGE.model.layers.*.mlp.gate"),
-    ("decoder layer *", "LANGUAGE.model.layers.*"),
-    ("decoder", "LANGUAGE.model.norm"),
-    ("logits", "LANGUAGE.lm_head"),
+SAM, SAM_LAYERS = "vision_model.vision_tower_high.vision_tower", "model.high_res_vision_model.vision_encoder.layers"
+LAYERS, THEIR_LAYERS, THEIR_SIGLIP = "LANGUAGE.model.layers", "model.language_model.layers", "model.vision_model"
+# A stage, and the module that computes it: in the original, in this repository, in transformers.
+# `<`: a module's input, `*`: each layer. What a model lacks matches nothing.
+STAGES = [
+    ("SAM pixels", f"<{SAM}", "<vision.high", "<model.high_res_vision_model"),
+    ("SAM embedded", f"<{SAM}.blocks.0", "<vision.high.blocks.0", f"<{SAM_LAYERS}.0"),
+    ("SAM layer *", f"{SAM}.blocks.*", "vision.high.blocks.*", f"{SAM_LAYERS}.*"),
+    ("SAM neck", f"{SAM}.neck", "vision.high.neck", SAM_LAYERS.replace("layers", "neck")),
+    ("SAM early neck", f"{SAM}.neck_hd", "vision.high.neck_hd", "model.high_res_vision_neck"),
+    ("SAM", "<aligner.high_up_proj", "vision.high", "<model.aligner.high_res_vision_proj"),
+    ("SigLIP pixels", "<SIGLIP", "<vision.low", f"<{THEIR_SIGLIP}"),
+    ("SigLIP embedded", "<SIGLIP.blocks.0", "<vision.low.blocks.0", f"<{THEIR_SIGLIP}.encoder.layers.0"),
+    ("SigLIP layer *", "SIGLIP.blocks.*", "vision.low.blocks.*", f"{THEIR_SIGLIP}.encoder.layers.*"),
+    ("SigLIP", "SIGLIP", "vision.low", f"{THEIR_SIGLIP}.post_layernorm"),
+    ("aligner", "", "aligner", "model.aligner"),  # of the original: from the embeddings
+    ("embeddings", f"<{LAYERS}.0", "<language.layers.0", f"<{THEIR_LAYERS}.0"),
+    ("experts *", f"{LAYERS}.*.mlp.gate", "language.layers.*.mlp.gate", ""),
+    ("decoder layer *", f"{LAYERS}.*", "language.layers.*", f"{THEIR_LAYERS}.*"),
+    ("decoder", "LANGUAGE.model.norm", "language.norm", "model.language_model.norm"),
+    ("logits", "LANGUAGE.lm_head", "lm_head", "lm_head"),
 ]
 
 
@@ -67,7 +71,7 @@ def fail(message):
 def collect(model, points, run):
     """What `run` makes the model compute, {stage: tensor}, in the order of computing; first calls of modules count.
 
-    points: stages and paths of modules, as in STAGES. Of a router: the weight of each expert for each token.
+    points: stages and paths of modules, from STAGES. Of a router: the weight of each expert for each token.
     """
     seen = {}
 
@@ -79,7 +83,8 @@ def collect(model, points, run):
         seen.setdefault(stage, value.detach().to("cpu", copy=True).contiguous())
 
     with ExitStack() as stack:
-        for (stage, path), (name, module) in itertools.product(points, list(model.named_modules())):
+        modules = [(name, module) for name, module in model.named_modules() if name]
+        for (stage, path), (name, module) in itertools.product(points, modules):
             match = re.fullmatch(re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)"), name)
             label = match and match.expand(stage.replace("*", r"\1"))
             if match and path.startswith("<"):
@@ -89,6 +94,15 @@ def collect(model, points, run):
                 stack.enter_context(module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out)))
         run()
     return seen
+
+
+def greedy(model, run):
+    """The ids that `run` generates, and the logits (ids, vocabulary) that each was chosen by."""
+    logits = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
+    ids = run()
+    hook.remove()
+    return {"greedy": torch.tensor(ids), "greedy_logits": torch.stack(logits[: len(ids)])}
 
 
 def widen(model, layers, narrow, wide):
@@ -130,7 +144,9 @@ class Original:
         hybrid = not self.is_vl2 and hasattr(self.model.vision_model, "vision_tower_high")
         siglip = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
         siglip = "vision" if self.is_vl2 else siglip
-        self.points = [(stage, path.replace("SIGLIP", siglip).replace("LANGUAGE", language)) for stage, path in STAGES]
+        self.points = [
+            (stage, path.replace("SIGLIP", siglip).replace("LANGUAGE", language)) for stage, path, *_ in STAGES
+        ]
 
     def inputs(self, conversation, dtype):
         options = {"system_prompt": ""} if self.is_vl2 else {}
@@ -150,16 +166,12 @@ class Original:
         return inputs, seen | ({"aligner": features} if len(features) else {})
 
     def greedy(self, conversation, count):
-        """New ids, and the logits each was chosen by."""
-        inputs, logits, tokenizer = self.inputs(conversation, self.dtype), [], self.processor.tokenizer
-        hook = self.language.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
-        ids = self.language.generate(
-            inputs_embeds=self.model.prepare_inputs_embeds(**inputs), attention_mask=inputs.attention_mask,
-            pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, max_new_tokens=count, do_sample=False, use_cache=True,
-        )[0].cpu()  # fmt: skip
-        hook.remove()
-        return ids, torch.stack(logits[: len(ids)])
+        inputs, tokenizer = self.inputs(conversation, self.dtype), self.processor.tokenizer
+        options = {"max_new_tokens": count, "do_sample": False, "use_cache": True}
+        options.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        options.update(pad_token_id=tokenizer.eos_token_id, attention_mask=inputs.attention_mask)
+        embeddings = self.model.prepare_inputs_embeds(**inputs)
+        return greedy(self.language, lambda: self.language.generate(inputs_embeds=embeddings, **options)[0].tolist())
 
 
 def dump(original, images, prompt, name):
@@ -170,7 +182,7 @@ def dump(original, images, prompt, name):
     content = content if marker in content else (marker + after) * len(images) + prompt
     message = {"role": roles[0], "content": content, "images": images}
     conversation, (narrow, wide) = [message, {"role": roles[1], "content": ""}], DTYPES[name]
-    tensors = dict(zip(("greedy", "greedy_logits"), original.greedy(conversation, NEW_TOKENS)))
+    tensors = original.greedy(conversation, NEW_TOKENS)
     for prefix, dtype in (("rounded", narrow), ("exact", wide)):
         if prefix == "exact":
             widen(original.model, original.language.model.layers, narrow, wide)
@@ -188,7 +200,7 @@ def golden(original, file):
             if "images" in message:
                 message["images"] = [str(file.parent / "images" / image) for image in message["images"]]
         inputs, seen = original.stages(entry["conversation"], torch.float32)
-        ids, _ = original.greedy(entry["conversation"], GOLDEN_NEW_TOKENS)
+        ids = original.greedy(entry["conversation"], GOLDEN_NEW_TOKENS)["greedy"]
         found = {"input_ids": inputs.input_ids[0], "greedy": ids, "logits_last64": seen["logits"][0, -64:]}
         found.update(
             hidden_layer1_last64=seen["decoder layer 0"][0, -64:], hidden_final_last64=seen["decoder"][0, -64:]

@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "demo")]
 
 from convert import transformers_files  # noqa: E402
 from dump_original import DTYPES as WIDER  # noqa: E402
-from dump_original import NEW_TOKENS, about, collect, widen  # noqa: E402
+from dump_original import NEW_TOKENS, STAGES, about, collect, greedy, widen  # noqa: E402
 
 from generate import DTYPES, Parser, fail, generate, note  # noqa: E402
 from load_weights import LAYOUTS, checkpoint_tensors, load_model, read_config  # noqa: E402
@@ -49,39 +49,11 @@ from model import DeepseekVL  # noqa: E402
 from processor import Processor, load_image  # noqa: E402
 
 PADDING = 8
-_SAM, _LANGUAGE = "model.high_res_vision_model.vision_encoder", "model.language_model"
-STAGES = [  # a stage, where our model computes it, where transformers' does; `<`: a module's input, `*`: each layer
-    ("SAM pixels", "<vision.high", "<model.high_res_vision_model"),
-    ("SAM embedded", "<vision.high.blocks.0", f"<{_SAM}.layers.0"),
-    ("SAM layer *", "vision.high.blocks.*", f"{_SAM}.layers.*"),
-    ("SAM neck", "vision.high.neck", f"{_SAM}.neck"),
-    ("SAM early neck", "vision.high.neck_hd", "model.high_res_vision_neck"),
-    ("SAM", "vision.high", "<model.aligner.high_res_vision_proj"),
-    ("SigLIP pixels", "<vision.low", "<model.vision_model"),
-    ("SigLIP embedded", "<vision.low.blocks.0", "<model.vision_model.encoder.layers.0"),
-    ("SigLIP layer *", "vision.low.blocks.*", "model.vision_model.encoder.layers.*"),
-    ("SigLIP", "vision.low", "model.vision_model.post_layernorm"),
-    ("aligner", "aligner", "model.aligner"),
-    ("embeddings", "<language.layers.0", f"<{_LANGUAGE}.layers.0"),
-    ("experts *", "language.layers.*.mlp.gate", None),
-    ("decoder layer *", "language.layers.*", f"{_LANGUAGE}.layers.*"),
-    ("decoder", "language.norm", f"{_LANGUAGE}.norm"),
-    ("logits", "lm_head", "lm_head"),
-]
 LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 # Where a checkpoint's SAM has other widths than transformers' class, which knows only 2 and 4 times the neck's.
 OTHER_WIDTHS = ("model.high_res_vision_proj.", "model.aligner.high_res_vision_proj.")
 
 # ---------------------------------------------------------------------------- transformers, the reference
-
-
-def greedy(model: nn.Module, run: Callable[[], list[int]]) -> dict[str, Tensor]:
-    """The ids that `run` generates, and the logits (ids, vocabulary) that each was chosen by."""
-    logits: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda _, inputs, out: logits.append(out[0, -1].float().cpu()))
-    ids = run()
-    hook.remove()
-    return {"greedy": torch.tensor(ids), "greedy_logits": torch.stack(logits[: len(ids)])}
 
 
 def as_transformers_reads_it(folder: Path, processor: Processor, message: dict, batch: dict, dtype: torch.dtype):
@@ -162,7 +134,7 @@ def run_transformers(folder: Path, images: list[str], prompt: str, name: str, fi
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": processor.pad_token_id}
     options["eos_token_id"] = list(read_config(folder, processor.tokenizer).end_token_ids) or None
     tensors |= greedy(model, lambda: model.generate(**cast(dtype), **options)[0, length:].tolist())
-    points = [(stage, theirs) for stage, _, theirs in STAGES if theirs]
+    points = [(stage, theirs) for stage, _, _, theirs in STAGES]
     for prefix, to in (("rounded", dtype), ("exact", wide)):
         if prefix == "exact":
             widen(model, model.model.language_model.layers, dtype, wide)
@@ -179,7 +151,7 @@ def run_transformers(folder: Path, images: list[str], prompt: str, name: str, fi
 def run_ours(model: DeepseekVL, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our stages, the logits and positions of the same prompt behind padding, and the greedy answer."""
     tower = "vision.low" if hasattr(model.vision, "low") else "vision"
-    points = [(stage, ours.replace("vision.low", tower)) for stage, ours, _ in STAGES]
+    points = [(stage, ours.replace("vision.low", tower)) for stage, _, ours, _ in STAGES]
     seen = collect(model, points, lambda: model(**batch))
     x, mask = seen["embeddings"], torch.ones(1, PADDING + batch["input_ids"].shape[1], dtype=torch.long)
     mask[:, :PADDING] = 0

@@ -36,10 +36,12 @@ def picture(tmp_path_factory):
     return str(file)
 
 
-def run(folder, picture, capsys, *options) -> tuple[int, str]:
-    """Exit status, and what was printed."""
-    status = verify.main([str(folder), "--image", picture, *map(str, options)])
-    return status, capsys.readouterr().out
+def run(folder, picture, capsys, *options, status: int = 0) -> str:
+    """What was printed, by a run with this exit status."""
+    found = verify.main([str(folder), "--image", picture, *map(str, options)])
+    printed = capsys.readouterr().out
+    assert found == status, printed
+    return printed
 
 
 # ------------------------------------------------------------------------------------ a stand-in for the original code
@@ -141,8 +143,7 @@ def test_random_checkpoints_are_right(name, layout, dtype, tmp_path, picture, ca
     save_model(randomized(DeepseekVL(read_config(folder)), 0), folder)
     if layout == "transformers":
         convert(folder, tmp_path / layout, layout)
-    status, printed = run(tmp_path / layout, picture, capsys, "--dtype", dtype, "--prompt", "Is this <image> a cat?")
-    assert status == 0, printed
+    printed = run(tmp_path / layout, picture, capsys, "--dtype", dtype, "--prompt", "Is this <image> a cat?")
     assert printed.splitlines()[-1].startswith("RIGHT") and "SigLIP layer 2" in printed
     assert ("given" in printed) == (layout == "official")
 
@@ -152,8 +153,7 @@ def test_random_checkpoints_are_right(name, layout, dtype, tmp_path, picture, ca
 def test_a_dump_of_the_original(name, dtype, tmp_path, picture, capsys, originals):
     folder, dump = golden(name).folder, tmp_path / "dump"
     dump_original.main([str(folder), "--image", picture, "--out", str(dump), "--dtype", dtype, "--device", "cpu"])
-    status, printed = run(folder, picture, capsys, "--against", dump)
-    assert status == 0, printed
+    printed = run(folder, picture, capsys, "--against", dump)
     assert "given" not in printed and f"in {dtype}, against the original code" in printed
     assert ("of the experts equal" in printed) == (name in VL2_GOLDENS)
 
@@ -175,11 +175,6 @@ def test_golden_files_are_made_anew(name, tmp_path, originals):
 
 
 # ------------------------------------------------------------------------------------ faults
-
-
-def assert_wrong_at(stage: str, found: tuple[int, str]) -> None:
-    status, printed = found
-    assert status == 1 and printed.strip().endswith(f"WRONG: the first difference is in {stage}"), printed
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +201,8 @@ def references(tmp_path_factory, picture):
 def test_the_table_points_to_the_fault(fault, picture, capsys, references, originals):
     folder, file = references(fault.where)
     with broken(fault):
-        assert_wrong_at(fault.stage, run(folder, picture, capsys, "--against", file))
+        printed = run(folder, picture, capsys, "--against", file, status=1)
+    assert printed.strip().endswith(f"WRONG: the first difference is in {fault.stage}"), printed
 
 
 def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
@@ -220,7 +216,7 @@ def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
     table, folder = load_weights.TRANSFORMERS_NAMES, golden("vl-hybrid").folder
     sides = {"aligner.high_proj.*": "aligner.low_proj.*", "aligner.low_proj.*": "aligner.high_proj.*"}
     take_table([(theirs, sides.get(ours, ours)) for theirs, ours in table])
-    assert_wrong_at("aligner", run(folder, picture, capsys))
+    assert run(folder, picture, capsys, status=1).strip().endswith("WRONG: the first difference is in aligner")
     take_table([(theirs.replace("high_res_vision_alpha", "alpha"), ours) for theirs, ours in table])
     with pytest.raises(SystemExit):
         run(folder, picture, capsys)
@@ -229,8 +225,8 @@ def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
 
 def test_every_fourth_layer(picture, capsys, references):
     folder, file = references("7B")
-    status, printed = run(folder, picture, capsys, "--against", file, "--layers", 4)
-    assert status == 0 and "SAM layer 3" in printed and "SAM layer 2" not in printed, printed
+    printed = run(folder, picture, capsys, "--against", file, "--layers", 4)
+    assert "SAM layer 3" in printed and "SAM layer 2" not in printed, printed
 
 
 def test_another_answer(picture, capsys, tmp_path, references):
@@ -245,8 +241,8 @@ def test_another_answer(picture, capsys, tmp_path, references):
         changed["greedy"][3] = other
         changed["greedy_logits"][3, other] = changed["greedy_logits"][3, ours] + logit
         save_file(changed, tmp_path / "dump", metadata=about)
-        found, printed = run(folder, picture, capsys, "--against", tmp_path / "dump")
-        assert found == status and words in printed and "3 greedy tokens equal" in printed, printed
+        printed = run(folder, picture, capsys, "--against", tmp_path / "dump", status=status)
+        assert words in printed and "3 greedy tokens equal" in printed, printed
 
 
 # ------------------------------------------------------------------------------------ what cannot be compared
