@@ -29,7 +29,9 @@ LANGUAGES = {
     "tiny": replace(SMALL, latent=None),
     "small": SMALL,
     "base": with_experts(**SIGMOID),
-    "latent queries, groups": replace(with_experts(**GROUP_LIMITED), latent=replace(LATENT, q_lora_rank=20), yarn=YARN),
+    "latent queries, wide values, groups": replace(
+        with_experts(**GROUP_LIMITED), latent=replace(LATENT, q_lora_rank=20, v_head_dim=40), yarn=YARN
+    ),
 }
 
 
