@@ -7,7 +7,6 @@
     python tests/bench.py chat                the second turn of a conversation beside its first
     python tests/bench.py many                demo/answer.py on the demo: batches of 8 beside one at a time
     python tests/bench.py load                seconds to load, and private memory at its peak
-    python tests/bench.py --against FOLDER    beside another copy of the five files, not transformers
     python tests/bench.py --device cuda       towers, answer and vl2 on a GPU
 
 Both sides read the same float16 files, as their users do. They run in turns after a warm-up turn, and a
@@ -17,6 +16,7 @@ figure is the median of its turns (of loading, of at most three without warm-up)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -26,18 +26,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("towers", "answer", "vl2", "chat", "many", "load")
+DEMO = ROOT / "demo"
+sys.path[:0] = [str(ROOT), str(DEMO)]
+
+from answer import Question, ask  # noqa: E402
+from convert import transformers_files  # noqa: E402
+
+from generate import ConversationCache, compile_steps, pick_dtype, stream  # noqa: E402
+from load_weights import load_model, read_config, save_model  # noqa: E402
+from model import MODELS, DeepseekVL, ModelConfig  # noqa: E402
+from processor import Processor  # noqa: E402
+
 ON_A_GPU = ("towers", "answer", "vl2")
+SECTIONS = (*ON_A_GPU, "chat", "many", "load")
 
 
 def private_mebibytes() -> float:
@@ -45,9 +54,8 @@ def private_mebibytes() -> float:
     return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Yields a list; after the block, its largest number is the peak of private memory inside."""
+def peak_memory(run: Callable[[], object]) -> float:
+    """The peak of private memory while `run` runs."""
     seen, done = [private_mebibytes()], threading.Event()
 
     def watch() -> None:
@@ -57,10 +65,11 @@ def peak_memory() -> Iterator[list[float]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield seen
+        run()
     finally:
         done.set()
         thread.join()
+    return max(seen)
 
 
 def prompt(vocabulary: int, text: int, image: int = 0, pixels: int = 0) -> dict[str, torch.Tensor]:
@@ -79,7 +88,7 @@ class Side:
     def open(self, folder: str, dtype: str, device: str = "cpu", **options) -> None:
         self.model = None  # frees the last one first
         self.dtype, self.device = getattr(torch, dtype), device
-        self.model = self.load(folder, self.dtype, **options)
+        self.model = self.load(folder, **options)
 
     @torch.inference_mode()
     def look(self, tower: str, shape: list[int]) -> list[float]:
@@ -101,44 +110,31 @@ class Side:
     def weigh(self, folder: str, dtype: str, options: dict, *sizes: int) -> list[float]:
         """Seconds to load, and the peaks of private memory (MiB) while loading and while answering."""
         before, start = private_mebibytes(), time.perf_counter()
-        with peak_memory() as loading:
-            self.open(folder, dtype, **options)
-            seconds = time.perf_counter() - start
-        with peak_memory() as answering:
-            self.answer(8, *sizes)
-        return [seconds, max(loading) - before, max(answering) - before]
+        loading, seconds = peak_memory(lambda: self.open(folder, dtype, **options)), time.perf_counter() - start
+        return [seconds, loading - before, peak_memory(lambda: self.answer(8, *sizes)) - before]
 
 
 class Ours(Side):
-    """The five files of a folder."""
-
-    def __init__(self, code: Path):
-        sys.path.insert(0, str(code))
-        self.generate, self.load_model = import_module("generate"), import_module("load_weights").load_model
-
-    def load(self, folder: str, dtype: torch.dtype, compiled: bool = False, **options) -> torch.nn.Module:
-        model, self.decoding = self.load_model(folder, dtype=dtype, device=self.device, **options), {}
-        if compiled and hasattr(self.generate, "compile_steps"):
-            self.generate.compile_steps(model, failed=lambda why: print(f"not compiled: {why}", file=sys.stderr))
-        elif compiled:  # in older copies
-            self.decoding = {"compiled": self.generate.CompiledStep(model)}
+    def load(self, folder: str, compiled: bool = False, **options) -> torch.nn.Module:
+        model = load_model(folder, dtype=self.dtype, device=self.device, **options)
+        if compiled:
+            compile_steps(model, failed=lambda why: print(f"not compiled: {why}", file=sys.stderr))
         return model
 
     def tower(self, name: str) -> Callable:
         return self.model.vision.high if name == "sam" else self.model.vision
 
     def token_times(self, batch: dict, count: int) -> list[float]:
-        steps = self.generate.stream(self.model, batch, max_new_tokens=count, **self.decoding)
-        return [time.perf_counter() for _ in steps]
+        return [time.perf_counter() for _ in stream(self.model, batch, max_new_tokens=count)]
 
-    def turns(self, *sizes: int) -> list[float]:
+    def turns(self, *sizes: int) -> list[list[float]]:
         """Seconds to the first token of a conversation's second turn, and of its first. `sizes`: see `prompt`."""
-        cache, batch, seconds = self.generate.ConversationCache(self.model), prompt(*sizes), []
+        cache, batch, seconds = ConversationCache(self.model), prompt(*sizes), []
         for _ in range(2):
             start = time.perf_counter()
-            answer = self.generate.stream(self.model, batch, max_new_tokens=8, cache=cache)
+            answer = stream(self.model, batch, max_new_tokens=8, cache=cache)
             ids = [next(answer)]
-            seconds.append(time.perf_counter() - start)
+            seconds.append([time.perf_counter() - start])
             ids = torch.tensor([[*ids, *answer, *range(10, 26)]])  # the answer, and a question of 16 tokens
             longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             batch = batch | {name: torch.cat([batch[name], more], dim=1) for name, more in longer.items()}
@@ -154,8 +150,8 @@ class Transformers(Side):
         self.auto = transformers.AutoModelForImageTextToText
         assert transformers.DeepseekVLForConditionalGeneration  # imported now: loading is timed
 
-    def load(self, folder: str, dtype: torch.dtype, **_) -> torch.nn.Module:
-        return self.auto.from_pretrained(folder, dtype=dtype).to(self.device)
+    def load(self, folder: str, **_) -> torch.nn.Module:
+        return self.auto.from_pretrained(folder, dtype=self.dtype).to(self.device)
 
     def tower(self, name: str) -> Callable:
         return self.model.model.get_high_res_image_features if name == "sam" else self.model.model.vision_model
@@ -172,99 +168,66 @@ class Transformers(Side):
     def end(self) -> None: ...
 
 
-class Elsewhere:
-    """A side in a process of its own. Calls and results travel as JSON."""
-
-    def __init__(self, code: Path | None):
-        command = [sys.executable, __file__, "--serve", str(code or "transformers")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __getattr__(self, method: str) -> Callable:
-        def call(*arguments, **options):
-            print(json.dumps([method, arguments, options]), file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline() or sys.exit("the other process ended"))
-
-        return call
-
-    def last(self, method: str, *arguments):
-        with self.process:  # waits for its end
-            return getattr(self, method)(*arguments)
+SIDES = {"ours": Ours, "transformers": Transformers}
 
 
-def serve(code: str) -> None:
-    replies, sys.stdout = sys.stdout, sys.stderr
-    side = Transformers() if code == "transformers" else Ours(Path(code))
-    for line in sys.stdin:
-        method, arguments, options = json.loads(line)
-        print(json.dumps(getattr(side, method)(*arguments, **options)), file=replies, flush=True)
+def weigh_elsewhere(side: str, *arguments) -> list[float]:
+    """`weigh`, in a process of its own."""
+    command = [sys.executable, __file__, "--weigh", json.dumps([side, *arguments])]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
 
 
-def shrunk(config):
+def shrunk(config: ModelConfig) -> ModelConfig:
     """The config with sizes that take little time."""
     vision = low = replace(getattr(config.vision, "low", config.vision), image_size=96, layers=2, mlp_width=512)
     if hasattr(config.vision, "high"):
         high = replace(config.vision.high, image_size=256, layers=3, global_layers=(2,))
         vision = replace(config.vision, low=low, high=high)
-    language, experts = config.language, config.language.experts
-    experts = experts and replace(experts, n_routed_experts=8)
+    experts = config.language.experts and replace(config.language.experts, n_routed_experts=8)
     sizes = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=128)
-    language = replace(language, **sizes, num_attention_heads=2, num_key_value_heads=2, experts=experts)
-    return replace(config, vision=vision, language=language)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "experts": experts}
+    return replace(config, vision=vision, language=replace(config.language, **sizes))
 
 
-def config_json(config) -> dict:
+def config_json(config: ModelConfig) -> dict:
     """DeepSeek-VL in the layout of transformers, DeepSeek-VL2 in its own."""
-    language = {key: value for key, value in asdict(config.language).items() if isinstance(value, (int, float))}
-    low, high = getattr(config.vision, "low", config.vision), getattr(config.vision, "high", None)
-    if config.tiles:
-        preset = {"model_name": "siglip_so400m_patch14_384", "mlp_ratio": (low.mlp_width + 0.5) / low.width}
-        projector = {"n_embed": language["hidden_size"], "input_dim": low.width}
-        language |= asdict(config.language.experts) | {"use_mla": False}
-        values = {"vision_config": asdict(low) | preset, "projector_config": projector, "language_config": language}
-        return values | {"model_type": "deepseek_vl_v2"}
-    siglip = dict(
-        image_size=low.image_size, patch_size=low.patch_size, hidden_size=low.width, num_hidden_layers=low.layers,
-        num_attention_heads=low.heads, intermediate_size=low.mlp_width, hidden_act="gelu", vision_use_head=False,
-    )  # fmt: skip
-    values = {"vision_config": {"model_type": "siglip_vision_model"} | siglip, "tie_word_embeddings": False}
-    values |= {"text_config": {"model_type": "llama"} | language, "image_token_id": language["vocab_size"] - 1}
-    if high is None:
-        return values | {"model_type": "deepseek_vl"}
-    sam = dict(image_size=high.image_size, num_hidden_layers=high.layers, global_attn_indexes=[*high.global_layers])
-    sam |= {"model_type": "sam_vision_model"}  # the other sizes are transformers' defaults
-    return values | {"model_type": "deepseek_vl_hybrid", "high_res_vision_config": sam}
-
-
-def write_checkpoint(folder: Path, config) -> str:
-    """Random float16 weights: each parameter starts elsewhere in one block of noise; vectors are ones."""
-    if folder.exists():
-        return str(folder)
-    weights = import_module("load_weights")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(config)))
-    with torch.device("meta"):
-        model = import_module("model").DeepseekVL(weights.read_config(folder)).half()
-    model, noise = model.to_empty(device="cpu"), (torch.rand(2**20) - 0.5) * 0.06
-    for parameter in model.parameters():
-        noise = noise.roll(int(torch.randint(len(noise), ())))
-        for piece in parameter.data.view(-1).split(len(noise)):
-            piece.copy_(noise[: len(piece)] if parameter.dim() > 1 else 1)
-    weights.save_model(model, folder)
-    return str(folder)
+    if not config.tiles:
+        files = transformers_files(config, Processor(DEMO / "checkpoint"))
+        return files["config.json"] | {"image_token_id": config.language.vocab_size - 1}
+    vision, language = asdict(config.vision), asdict(config.language)
+    vision |= {"model_name": "siglip_so400m_patch14_384", "mlp_ratio": (vision["mlp_width"] + 0.5) / vision["width"]}
+    projector = {"n_embed": language["hidden_size"], "input_dim": vision["width"]}
+    values = {"model_type": "deepseek_vl_v2", "vision_config": vision, "projector_config": projector}
+    return values | {"language_config": language | language["experts"] | {"use_mla": False}}
 
 
 class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.folder, self.code, self.ours = folder, args.against and args.against.resolve(), Ours(ROOT)
-        self.other = Elsewhere(self.code) if self.code else Transformers()
-        self.dtype = args.dtype or str(self.ours.generate.pick_dtype("auto", torch.device(args.device))).split(".")[-1]
-        self.turns, self.new_tokens, self.device = args.turns, 4 if args.small else 32, args.device
-        self.configs = dict(import_module("model").MODELS)
+        self.folder, self.ours, self.other = folder, Ours(), Transformers()
+        self.dtype = args.dtype or str(pick_dtype("auto", torch.device(args.device))).split(".")[-1]
+        self.turns, self.small, self.device, self.configs = args.turns, args.small, args.device, dict(MODELS)
         for name, big in (("siglip", "deepseek-vl-1.3b"), ("sam", "deepseek-vl-7b")):  # with next to no decoder
-            language = replace(self.configs[big].language, num_hidden_layers=1, vocab_size=512)
-            self.configs[name] = replace(self.configs[big], language=language)
+            language = replace(MODELS[big].language, num_hidden_layers=1, vocab_size=512)
+            self.configs[name] = replace(MODELS[big], language=language)
         if args.small:
             self.configs = {name: shrunk(config) for name, config in self.configs.items()}
+
+    def checkpoint(self, name: str) -> str:
+        """Random float16 weights: each parameter starts elsewhere in one block of noise; vectors are ones."""
+        folder = self.folder / name
+        if folder.exists():
+            return str(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config_json(self.configs[name])))
+        with torch.device("meta"):
+            model = DeepseekVL(read_config(folder)).half()
+        model, noise = model.to_empty(device="cpu"), (torch.rand(2**20) - 0.5) * 0.06
+        for parameter in model.parameters():
+            noise = noise.roll(int(torch.randint(len(noise), ())))
+            for piece in parameter.data.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)] if parameter.dim() > 1 else 1)
+        save_model(model, folder)
+        return str(folder)
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """The arguments of `prompt`."""
@@ -276,82 +239,75 @@ class Bench:
 
     def compare(self, name: str, method: str, *arguments, **options) -> list[tuple[float, ...]]:
         """Medians of what a method of each side returns, called in turns: for each value, ours and the other one."""
-        alone = self.configs[name].tiles and not self.code  # transformers has no DeepSeek-VL2
-        sides = [self.ours] if alone else [self.ours, self.other]
+        sides = [self.ours] if self.configs[name].tiles else [self.ours, self.other]  # transformers has no DeepSeek-VL2
         for side in sides:
-            folder = write_checkpoint(self.folder / name, self.configs[name])
-            side.open(folder, self.dtype, self.device, pack=True, **options)
-        return medians([[getattr(side, method)(*arguments) for side in sides] for _ in range(self.turns + 1)][1:])
+            side.open(self.checkpoint(name), self.dtype, self.device, pack=True, **options)
+        return self.in_turns(lambda: [getattr(side, method)(*arguments) for side in sides])
 
-    def head(self, title: str) -> None:
-        other = "before" if self.code else "transformers"
-        print(f"\n| {title} ({self.dtype}) | ours | {other} | ratio |\n|---|---|---|---|", flush=True)
+    def in_turns(self, turn: Callable[[], list[list[float]]]) -> list[tuple[float, ...]]:
+        return medians([turn() for _ in range(self.turns + 1)][1:])
+
+    def head(self, title: str, ours: str = "ours", other: str = "transformers") -> None:
+        print(f"\n| {title} | {ours} | {other} | ratio |\n|---|---|---|---|", flush=True)
 
     def row(self, label: str, values: tuple[float, ...], show: Callable[[float], str]) -> None:
         other, ratio = (show(values[1]), f"{values[1] / values[0]:.2f}") if len(values) > 1 else ("", "")
         print(f"| {label} | {show(values[0])} | {other} | {ratio} |", flush=True)
 
     def towers(self) -> None:
-        self.head("vision towers, one image")
+        self.head(f"vision towers, one image ({self.dtype})")
         for label, name in (("SigLIP of DeepSeek-VL", "siglip"), ("SAM branch of DeepSeek-VL 7B", "sam")):
             size = self.sizes(name)[-1]
             self.row(label, *self.compare(name, "look", name, [1, 3, size, size]), "{:.3f} s".format)
 
-    def answer(
-        self, title: str = "DeepSeek-VL 1.3B", kinds: tuple = ("", "int8", "int8 compiled", "int4", "int4 compiled")
-    ) -> None:
-        self.head(title)
+    def answer(self, title: str = "DeepSeek-VL 1.3B", bits: tuple = (None, "int8", "int4")) -> None:
+        self.head(f"{title} ({self.dtype})")
         name = title.lower().replace(" ", "-")
-        if self.device == "cuda":
-            kinds = tuple(f"{kind}{how}" for kind in kinds if "compiled" not in kind for how in ("", " compiled"))
-        for kind in kinds:
-            bits = next((name for name in ("int8", "int4") if name in kind), None)
-            options = {"quantize": bits, "compiled": "compiled" in kind}
-            first, step = self.compare(name, "answer", self.new_tokens, *self.sizes(name), **options)
-            label = f", {kind.strip()}" if kind else ""
-            if not options["compiled"]:  # only steps are
+        for quantize, compiled in itertools.product(bits, (False, True)):
+            if compiled and not quantize and self.device == "cpu":
+                continue
+            options = {"quantize": quantize, "compiled": compiled}
+            first, step = self.compare(name, "answer", 4 if self.small else 32, *self.sizes(name), **options)
+            kind = " ".join(filter(None, (quantize, "compiled" if compiled else None)))
+            label = f", {kind}" if kind else ""
+            if not compiled:  # only steps are
                 self.row(f"prefill, {sum(self.sizes(name)[1:3])} tokens{label}", first, "{:.2f} s".format)
             self.row(f"decode{label}", step, lambda value: f"{1 / value:.1f} tokens/s")
 
     def vl2(self) -> None:
-        self.answer("DeepSeek-VL2 tiny", ("",))
+        self.answer("DeepSeek-VL2 tiny", (None,))
 
     def chat(self) -> None:
-        print("\n| to the first token | second turn | first turn | ratio |\n|---|---|---|---|", flush=True)
-        name = "deepseek-vl-1.3b"
-        self.ours.open(write_checkpoint(self.folder / name, self.configs[name]), self.dtype, self.device, pack=True)
-        runs = [self.ours.turns(*self.sizes(name)) for _ in range(self.turns + 1)][1:]
-        label = f"after {sum(self.sizes(name)[1:3])} tokens with one image, {self.dtype}"
-        self.row(label, tuple(map(statistics.median, zip(*runs))), "{:.2f} s".format)
+        self.head("to the first token", "second turn", "first turn")
+        sizes = self.sizes("deepseek-vl-1.3b")
+        self.ours.open(self.checkpoint("deepseek-vl-1.3b"), self.dtype, pack=True)
+        label = f"after {sum(sizes[1:3])} tokens with one image, {self.dtype}"
+        self.row(label, *self.in_turns(lambda: self.ours.turns(*sizes)), "{:.2f} s".format)
 
     def many(self) -> None:
-        print("\n| questions a minute | batches of 8 | alone | ratio |\n|---|---|---|---|", flush=True)
-        sys.path.append(str(ROOT / "demo"))
-        answer, folder = import_module("answer"), ROOT / "demo" / "checkpoint"
-        processor, scene = import_module("processor").Processor(folder), str(ROOT / "demo" / "images" / "scene.png")
-        count = 8 if self.new_tokens < 32 else 32
-        questions = [answer.Question(i, "Describe this image.", [scene]) for i in range(count)]
+        self.head("questions a minute", "batches of 8", "alone")
+        processor, (count, length) = Processor(DEMO / "checkpoint"), (8, 4) if self.small else (32, 80)
+        questions = [Question(i, "Describe this image.", [str(DEMO / "images" / "scene.png")]) for i in range(count)]
 
-        def ask(size: int) -> list[float]:
+        def seconds(size: int) -> list[float]:
             start = time.perf_counter()
-            for i in range(0, len(questions), size):
-                answer.ask(self.ours.model, processor, questions[i : i + size], 80 if self.new_tokens == 32 else 4)
-            return [(time.perf_counter() - start) / len(questions)]
+            for i in range(0, count, size):
+                ask(self.ours.model, processor, questions[i : i + size], length)
+            return [(time.perf_counter() - start) / count]
 
-        for kind in ("", "int8"):
-            self.ours.open(str(folder), self.dtype, self.device, pack=True, quantize=kind or None)
-            (seconds,) = medians([[ask(8), ask(1)] for _ in range(self.turns + 1)][1:])
-            label = f"demo, Describe this image., {self.dtype}{', ' * bool(kind)}{kind}"
-            self.row(label, seconds, lambda value: f"{60 / value:.0f}")
+        for kind, quantize in (("", None), (", int8", "int8")):
+            self.ours.open(str(DEMO / "checkpoint"), self.dtype, pack=True, quantize=quantize)
+            label = f"demo, Describe this image., {self.dtype}{kind}"
+            self.row(label, *self.in_turns(lambda: [seconds(8), seconds(1)]), lambda value: f"{60 / value:.0f}")
 
     def load(self) -> None:
-        self.head("load: peaks are of private memory")
-        plain, packed, int4 = {}, {"pack": True}, {"pack": True, "quantize": "int4"}
-        for kind, options in (("1.3B", plain), ("1.3B packed", packed), ("1.3B int4", int4), ("7B int4", int4)):
+        self.head(f"load: peaks are of private memory ({self.dtype})")
+        int4 = {"pack": True, "quantize": "int4"}
+        for kind, options in (("1.3B", {}), ("1.3B packed", {"pack": True}), ("1.3B int4", int4), ("7B int4", int4)):
             name = f"deepseek-vl-{kind.split()[0].lower()}"
-            arguments = write_checkpoint(self.folder / name, self.configs[name]), self.dtype, options, *self.sizes(name)
-            codes = [ROOT] if options is int4 and not self.code else [ROOT, self.code]
-            runs = [[Elsewhere(code).last("weigh", *arguments) for code in codes] for _ in range(min(self.turns, 3))]
+            arguments = self.checkpoint(name), self.dtype, options, *self.sizes(name)
+            sides = ["ours"] if options is int4 else SIDES
+            runs = [[weigh_elsewhere(side, *arguments) for side in sides] for _ in range(min(self.turns, 3))]
             for what, values in zip(("seconds", "peak MiB while loading", "peak MiB while answering"), medians(runs)):
                 self.row(f"{kind}, {what}", values, "{:.1f}".format)
 
@@ -379,14 +335,14 @@ def main() -> None:
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
-    add("--against", type=Path, metavar="FOLDER", help="another copy of the five files, in place of transformers")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--turns", type=int, default=5, help="after the warm-up (default: %(default)s)")
     add("--small", action="store_true", help="small sizes, to see that it runs")
-    add("--serve", help=argparse.SUPPRESS)
+    add("--weigh", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve(args.serve)
+    if args.weigh:
+        side, *arguments = args.weigh
+        return print(json.dumps(SIDES[side]().weigh(*arguments)))
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if args.device == "cuda" and (wrong := set(args.sections) - set(ON_A_GPU)):
@@ -405,8 +361,8 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, which copies {copied():.0f} GB/s (bytes read and written)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
-        for name in args.sections or (SECTIONS if args.device == "cpu" else ON_A_GPU):
-            getattr(bench, name)()  # `Elsewhere`'s process ends when this one closes its input
+        for section in args.sections or (SECTIONS if args.device == "cpu" else ON_A_GPU):
+            getattr(bench, section)()
 
 
 if __name__ == "__main__":

@@ -13,16 +13,10 @@ from load_weights import load_model
 
 ABSENT = object()  # as a value: take the key away
 
-TRANSFORMERS = {
-    "model_type": "deepseek_vl_hybrid",
-    "vision_config": SMALL_SIGLIP,
-    "high_res_vision_config": SMALL_SAM,
-    "text_config": SMALL_LLAMA,
-}
+TRANSFORMERS = {"model_type": "deepseek_vl_hybrid", "vision_config": SMALL_SIGLIP}
+TRANSFORMERS |= {"high_res_vision_config": SMALL_SAM, "text_config": SMALL_LLAMA}
 VL2_SMALL = {  # what the released config says, and no more
-    "model_type": "deepseek_vl_v2",
-    "global_view_pos": "head",
-    "tile_tag": "2D",
+    "model_type": "deepseek_vl_v2", "global_view_pos": "head", "tile_tag": "2D",
     "language_config": dict(
         first_k_dense_replace=1, max_position_embeddings=4096, n_group=1, n_shared_experts=2, num_experts_per_tok=6,
         topk_group=1, q_lora_rank=None, hidden_size=2048, intermediate_size=10944, kv_lora_rank=512,
@@ -42,8 +36,7 @@ def edit_json(file: Path, changes: dict) -> None:
     """Set keys of a JSON file, each written with dots: {"language_config.vocab_size": 7}."""
     content = json.loads(file.read_text())
     for path, value in changes.items():
-        *sections, key = path.split(".")
-        place = content
+        place, (*sections, key) = content, path.split(".")
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
@@ -70,12 +63,10 @@ def write_weights(folder: Path, tensors: dict, suffix: str = "safetensors", shar
     stem, save = {"safetensors": ("model", save_file), "bin": ("pytorch_model", torch.save)}[suffix]
     (folder / "model.safetensors").unlink(missing_ok=True)
     if shards == 1:
-        save(tensors, folder / f"{stem}.{suffix}")
-        return
+        return save(tensors, folder / f"{stem}.{suffix}")
     weight_map = {}
     for i in range(shards):
-        file = f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}"
-        part = dict(list(tensors.items())[i::shards])
+        file, part = f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}", dict(list(tensors.items())[i::shards])
         save(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

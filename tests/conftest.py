@@ -1,5 +1,6 @@
 """What several test files share: where the data lies, the golden cases, small random models, comparisons."""
 
+import itertools
 import json
 import os
 import shutil
@@ -40,18 +41,13 @@ def golden(name: str) -> SimpleNamespace:
     `tensors` are what the original code computed in float32 from the weights in `folder`, named `<case>.<tensor>`.
     """
     folder = GOLDEN / name
-    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    conversations = [case["conversation"] for case in cases["cases"]]
-    for message in (message for conversation in conversations for message in conversation):
+    content = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    prompts, conversations = ([case[key] for case in content["cases"]] for key in ("prompt", "conversation"))
+    for message in itertools.chain(*conversations):
         if "images" in message:
             message["images"] = [str(folder / "images" / image) for image in message["images"]]
-    return SimpleNamespace(
-        folder=folder,
-        conversations=conversations,
-        prompts=[case["prompt"] for case in cases["cases"]],
-        batch=cases["batch"],
-        tensors=load_file(folder / "golden.safetensors"),
-    )
+    rest = {"batch": content["batch"], "tensors": load_file(folder / "golden.safetensors")}
+    return SimpleNamespace(folder=folder, conversations=conversations, prompts=prompts, **rest)
 
 
 @cache
@@ -75,17 +71,14 @@ def released_model(preset: str) -> torch.nn.Module:
 
 def copy_checkpoint(name: str, folder: Path) -> Path:
     """The files of a golden checkpoint in a new folder, where a test may change or damage them."""
-    folder.mkdir(parents=True)
-    for file in golden(name).folder.iterdir():
-        if file.is_file() and file.name not in ("cases.json", "golden.safetensors"):
-            shutil.copyfile(file, folder / file.name)
-    return folder
+    left_out = shutil.ignore_patterns("cases.json", "golden.safetensors", "images")
+    return shutil.copytree(golden(name).folder, folder, ignore=left_out, copy_function=shutil.copyfile)
 
 
 def run(*arguments, folder: Path = ROOT, **options) -> subprocess.CompletedProcess:
     """A command of Python in a process of its own, with one thread."""
-    command, one_thread = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"env": one_thread, "text": True} | options
+    command = [sys.executable, *map(str, arguments)]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True} | options
     return subprocess.run(command, capture_output=True, cwd=folder, timeout=300, **options)
 
 
@@ -127,29 +120,23 @@ SMALL_LLAMA = dict(
 )  # fmt: skip
 
 
-def random_transformers_model(kind: str, seed: int = 0, hidden_act: str = "gelu", tie: bool = False, **language):
+def random_transformers_model(kind: str, seed: int = 0, tie: bool = False, **language):
     """transformers' model of one architecture, eager attention, every parameter random, alpha not zero.
 
     `language` changes entries of SMALL_LLAMA.
     """
     transformers = pytest.importorskip("transformers")
-    config = dict(
-        vision_config=SMALL_SIGLIP | {"hidden_act": hidden_act},
-        text_config=SMALL_LLAMA | language,
-        image_token_id=IMAGE_TOKEN,
-        tie_word_embeddings=tie,
-        attn_implementation="eager",
-    )
+    towers, name = {"vision_config": SMALL_SIGLIP | {"hidden_act": "gelu"}}, "DeepseekVL"
+    if kind == "hybrid":
+        towers, name = towers | {"high_res_vision_config": SMALL_SAM}, "DeepseekVLHybrid"
+    options = {"image_token_id": IMAGE_TOKEN, "tie_word_embeddings": tie, "attn_implementation": "eager"}
+    config = getattr(transformers, f"{name}Config")(**towers, text_config=SMALL_LLAMA | language, **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if kind == "siglip":
-            model = transformers.DeepseekVLForConditionalGeneration(transformers.DeepseekVLConfig(**config))
-        else:
-            config |= {"high_res_vision_config": SMALL_SAM}
-            model = transformers.DeepseekVLHybridForConditionalGeneration(transformers.DeepseekVLHybridConfig(**config))
-        for name, parameter in model.named_parameters():
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        for key, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.3)
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in key and "weight" in key else 0.0, std=0.3)
             else:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     if kind == "hybrid":
@@ -164,16 +151,16 @@ def small_pair(tmp_path_factory):
     Options are those of `random_transformers_model`; `end` is the id of the end token, or a tuple of them.
     """
 
+    @cache
     def make(kind: str, end: int | tuple[int, ...] | None = None, **options) -> SimpleNamespace:
         from load_weights import load_model
 
-        theirs = random_transformers_model(kind, **options)
+        theirs, folder = random_transformers_model(kind, **options), tmp_path_factory.mktemp(kind)
         theirs.generation_config.eos_token_id = list(end) if isinstance(end, tuple) else end
-        folder = tmp_path_factory.mktemp(kind)
         theirs.save_pretrained(folder)
         return SimpleNamespace(folder=folder, theirs=theirs, ours=load_model(folder))
 
-    return cache(make)
+    return make
 
 
 def random_batch(kind: str, lengths: tuple[int, ...] = (54, 42), pad_id: int = 0, seed: int = 0) -> dict:
@@ -199,12 +186,10 @@ def alone(batch: dict, row: int) -> dict:
     return text | {name: batch[name][row : row + 1] for name in batch if "pixel_values" in name}
 
 
-PICTURES = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")
-
-
 def encode_images(model, batch: dict) -> list[torch.Tensor]:
     """The features of a batch's images, (tokens, D) each."""
-    return model.encode_images(**{name: batch[name] for name in PICTURES if name in batch})
+    pictures = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")
+    return model.encode_images(**{name: batch[name] for name in pictures if name in batch})
 
 
 def inside(model, batch: dict) -> tuple:
@@ -213,9 +198,9 @@ def inside(model, batch: dict) -> tuple:
 
     with record(model) as seen:
         output = model(**batch)
-    names = [f"language.layers.{layer}" for layer in range(len(model.language.layers))]
-    hidden_states = [seen["language.embeddings"], *(seen[name] for name in names[:-1]), seen["language"]]
-    return output, hidden_states, [seen[f"{name}.self_attn"] for name in names]
+    layers = [f"language.layers.{layer}" for layer in range(len(model.language.layers))]
+    hidden_states = [seen[name] for name in ("language.embeddings", *layers[:-1], "language")]
+    return output, hidden_states, [seen[f"{name}.self_attn"] for name in layers]
 
 
 def relative_error(tested: torch.Tensor, expected: torch.Tensor) -> float:

@@ -14,10 +14,12 @@ results of several conversations, and of each only what the tests read.
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -26,28 +28,31 @@ from safetensors.torch import save_file
 NEW_TOKENS, GOLDEN_NEW_TOKENS = 32, 12
 DTYPES = {"float32": (torch.float32, torch.float64), "bfloat16": (torch.bfloat16, torch.float32)}
 
-# A stage, and the module that computes it; `<`: the module's input, `*`: each layer.
-SAM = "vision_model.vision_tower_high.vision_tower"
-HYBRID = [
-    ("SAM pixels", f"<{SAM}"),
-    ("SAM embedded", f"<{SAM}.blocks.0"),
-    ("SAM layer *", f"{SAM}.blocks.*"),
-    ("SAM neck", f"{SAM}.neck"),
-    ("SAM early neck", f"{SAM}.neck_hd"),
-    ("SAM", "<aligner.high_up_proj"),
-]
-SIGLIP = [
-    ("SigLIP pixels", "<{siglip}"),
-    ("SigLIP embedded", "<{siglip}.blocks.0"),
-    ("SigLIP layer *", "{siglip}.blocks.*"),
-    ("SigLIP", "{siglip}"),
-]
-LANGUAGE = [
-    ("embeddings", "<{language}.model.layers.0"),
-    ("experts *", "{language}.model.layers.*.mlp.gate"),
-    ("decoder layer *", "{language}.model.layers.*"),
-    ("decoder", "{language}.model.norm"),
-    ("logits", "{language}.lm_head"),
+CLASSES = {  # by model_type: package, model and processor, the model's part that is the language model
+    "multi_modality": ("deepseek_vl", "MultiModalityCausalLM", "VLChatProcessor", "language_model"),
+    "deepseek_vl_v2": ("deepseek_vl2", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor", "language"),
+}
+SAM, SAM_LAYERS = "vision_model.vision_tower_high.vision_tower", "model.high_res_vision_model.vision_encoder.layers"
+LAYERS, THEIR_LAYERS, THEIR_SIGLIP = "LANGUAGE.model.layers", "model.language_model.layers", "model.vision_model"
+# A stage, and the module that computes it: in the original, in this repository, in transformers.
+# `<`: a module's input, `*`: each layer. What a model lacks matches nothing.
+STAGES = [
+    ("SAM pixels", f"<{SAM}", "<vision.high", "<model.high_res_vision_model"),
+    ("SAM embedded", f"<{SAM}.blocks.0", "<vision.high.blocks.0", f"<{SAM_LAYERS}.0"),
+    ("SAM layer *", f"{SAM}.blocks.*", "vision.high.blocks.*", f"{SAM_LAYERS}.*"),
+    ("SAM neck", f"{SAM}.neck", "vision.high.neck", SAM_LAYERS.replace("layers", "neck")),
+    ("SAM early neck", f"{SAM}.neck_hd", "vision.high.neck_hd", "model.high_res_vision_neck"),
+    ("SAM", "<aligner.high_up_proj", "vision.high", "<model.aligner.high_res_vision_proj"),
+    ("SigLIP pixels", "<SIGLIP", "<vision.low", f"<{THEIR_SIGLIP}"),
+    ("SigLIP embedded", "<SIGLIP.blocks.0", "<vision.low.blocks.0", f"<{THEIR_SIGLIP}.encoder.layers.0"),
+    ("SigLIP layer *", "SIGLIP.blocks.*", "vision.low.blocks.*", f"{THEIR_SIGLIP}.encoder.layers.*"),
+    ("SigLIP", "SIGLIP", "vision.low", f"{THEIR_SIGLIP}.post_layernorm"),
+    ("aligner", "", "aligner", "model.aligner"),  # of the original: from the embeddings
+    ("embeddings", f"<{LAYERS}.0", "<language.layers.0", f"<{THEIR_LAYERS}.0"),
+    ("experts *", f"{LAYERS}.*.mlp.gate", "language.layers.*.mlp.gate", ""),
+    ("decoder layer *", f"{LAYERS}.*", "language.layers.*", f"{THEIR_LAYERS}.*"),
+    ("decoder", "LANGUAGE.model.norm", "language.norm", "model.language_model.norm"),
+    ("logits", "LANGUAGE.lm_head", "lm_head", "lm_head"),
 ]
 
 
@@ -66,7 +71,7 @@ def fail(message):
 def collect(model, points, run):
     """What `run` makes the model compute, {stage: tensor}, in the order of computing; first calls of modules count.
 
-    points: stages and paths of modules, as the tables above. Of a router: the weight of each expert for each token.
+    points: stages and paths of modules, from STAGES. Of a router: the weight of each expert for each token.
     """
     seen = {}
 
@@ -78,21 +83,26 @@ def collect(model, points, run):
         seen.setdefault(stage, value.detach().to("cpu", copy=True).contiguous())
 
     with ExitStack() as stack:
-        for stage, path in points:
-            pattern = re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)")
-            for name, module in model.named_modules():
-                match = re.fullmatch(pattern, name)
-                if match is None:
-                    continue
-                label = stage.replace("*", match[1]) if match.groups() else stage
-                if path.startswith("<"):
-                    hook = lambda m, args, kwargs, s=label: keep(s, m, next(iter((*args, *kwargs.values()))))  # noqa: E731
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                else:
-                    handle = module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out))
-                stack.callback(handle.remove)
+        modules = [(name, module) for name, module in model.named_modules() if name]
+        for (stage, path), (name, module) in itertools.product(points, modules):
+            match = re.fullmatch(re.escape(path.lstrip("<")).replace(r"\*", r"(\d+)"), name)
+            label = match and match.expand(stage.replace("*", r"\1"))
+            if match and path.startswith("<"):
+                hook = lambda m, args, kwargs, s=label: keep(s, m, next(iter((*args, *kwargs.values()))))  # noqa: E731
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif match:
+                stack.enter_context(module.register_forward_hook(lambda m, args, out, s=label: keep(s, m, out)))
         run()
     return seen
+
+
+def greedy(model, run):
+    """The ids that `run` generates, and the logits (ids, vocabulary) that each was chosen by."""
+    logits = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
+    ids = run()
+    hook.remove()
+    return {"greedy": torch.tensor(ids), "greedy_logits": torch.stack(logits[: len(ids)])}
 
 
 def widen(model, layers, narrow, wide):
@@ -118,29 +128,25 @@ class Original:
     def __init__(self, folder, dtype, device):
         self.kind = json.loads((folder / "config.json").read_text())["model_type"]
         self.is_vl2, self.dtype, self.device = self.kind == "deepseek_vl_v2", dtype, device
+        if self.kind not in CLASSES:
+            fail(f"{folder / 'config.json'}: model_type is {self.kind!r}, expected an official checkpoint")
+        package, model_class, processor_class, language = CLASSES[self.kind]
         try:
-            if self.is_vl2:
-                from deepseek_vl2.models import DeepseekVLV2ForCausalLM as Model
-                from deepseek_vl2.models import DeepseekVLV2Processor as Processor
-                from deepseek_vl2.utils.io import load_pil_images
-            elif self.kind == "multi_modality":
-                from deepseek_vl.models import MultiModalityCausalLM as Model
-                from deepseek_vl.models import VLChatProcessor as Processor
-                from deepseek_vl.utils.io import load_pil_images
-            else:
-                fail(f"{folder / 'config.json'}: model_type is {self.kind!r}, expected an official checkpoint")
+            models, io = import_module(f"{package}.models"), import_module(f"{package}.utils.io")
         except ImportError as error:
             fail(f"the original code cannot be imported ({error}): pip install -e . in its repository")
-        self.load_pictures, self.processor = load_pil_images, Processor.from_pretrained(str(folder))
+        self.load_pictures = io.load_pil_images
+        self.processor = getattr(models, processor_class).from_pretrained(str(folder))
         # Not .to(dtype), as in README: that would also round the frequencies of the rotations.
-        self.model = Model.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
-        self.language_name = "language" if self.is_vl2 else "language_model"
-        self.language = getattr(self.model, self.language_name)
+        model = getattr(models, model_class).from_pretrained(str(folder), torch_dtype=dtype)
+        self.model = model.to(device).eval()
+        self.language = getattr(self.model, language)
         hybrid = not self.is_vl2 and hasattr(self.model.vision_model, "vision_tower_high")
         siglip = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
-        names = {"siglip": "vision" if self.is_vl2 else siglip, "language": self.language_name}
-        points = (HYBRID if hybrid else []) + SIGLIP + LANGUAGE
-        self.points = [(stage, path.format(**names)) for stage, path in points]
+        siglip = "vision" if self.is_vl2 else siglip
+        self.points = [
+            (stage, path.replace("SIGLIP", siglip).replace("LANGUAGE", language)) for stage, path, *_ in STAGES
+        ]
 
     def inputs(self, conversation, dtype):
         options = {"system_prompt": ""} if self.is_vl2 else {}
@@ -159,17 +165,13 @@ class Original:
         features = seen["embeddings"][inputs.images_seq_mask.cpu().bool()]
         return inputs, seen | ({"aligner": features} if len(features) else {})
 
-    def greedy(self, conversation, count, **options):
-        """New ids, and the logits each was chosen by."""
-        inputs, logits, tokenizer = self.inputs(conversation, self.dtype), [], self.processor.tokenizer
-        hook = self.language.lm_head.register_forward_hook(lambda m, args, out: logits.append(out[0, -1].float().cpu()))
-        ids = self.language.generate(
-            inputs_embeds=self.model.prepare_inputs_embeds(**inputs), attention_mask=inputs.attention_mask,
-            pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, max_new_tokens=count, do_sample=False, use_cache=True, **options,
-        )[0].cpu()  # fmt: skip
-        hook.remove()
-        return ids, torch.stack(logits[: len(ids)])
+    def greedy(self, conversation, count):
+        inputs, tokenizer = self.inputs(conversation, self.dtype), self.processor.tokenizer
+        options = {"max_new_tokens": count, "do_sample": False, "use_cache": True}
+        options.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        options.update(pad_token_id=tokenizer.eos_token_id, attention_mask=inputs.attention_mask)
+        embeddings = self.model.prepare_inputs_embeds(**inputs)
+        return greedy(self.language, lambda: self.language.generate(inputs_embeds=embeddings, **options)[0].tolist())
 
 
 def dump(original, images, prompt, name):
@@ -180,7 +182,7 @@ def dump(original, images, prompt, name):
     content = content if marker in content else (marker + after) * len(images) + prompt
     message = {"role": roles[0], "content": content, "images": images}
     conversation, (narrow, wide) = [message, {"role": roles[1], "content": ""}], DTYPES[name]
-    tensors = dict(zip(("greedy", "greedy_logits"), original.greedy(conversation, NEW_TOKENS)))
+    tensors = original.greedy(conversation, NEW_TOKENS)
     for prefix, dtype in (("rounded", narrow), ("exact", wide)):
         if prefix == "exact":
             widen(original.model, original.language.model.layers, narrow, wide)
@@ -192,25 +194,26 @@ def dump(original, images, prompt, name):
 
 def golden(original, file):
     """The tensors of a golden file: `<case>.<tensor>`, see tests/parity/test_architecture.py."""
-    tensors, vl2 = {}, original.is_vl2
+    tensors = {}
     for case, entry in enumerate(json.loads(file.read_text(encoding="utf-8"))["cases"]):
-        conversation = entry["conversation"]
-        for message in conversation:
+        for message in entry["conversation"]:
             if "images" in message:
                 message["images"] = [str(file.parent / "images" / image) for image in message["images"]]
-        inputs, seen = original.stages(conversation, torch.float32)
-        found = {"input_ids": inputs.input_ids[0], "greedy": original.greedy(conversation, GOLDEN_NEW_TOKENS)[0]}
-        for stage, key in (("decoder layer 0", "hidden_layer1"), ("decoder", "hidden_final"), ("logits", "logits")):
-            found[f"{key}_last64"] = seen[stage][0, -64:]
-        if "aligner" in seen and vl2:
+        inputs, seen = original.stages(entry["conversation"], torch.float32)
+        ids = original.greedy(entry["conversation"], GOLDEN_NEW_TOKENS)["greedy"]
+        found = {"input_ids": inputs.input_ids[0], "greedy": ids, "logits_last64": seen["logits"][0, -64:]}
+        found.update(
+            hidden_layer1_last64=seen["decoder layer 0"][0, -64:], hidden_final_last64=seen["decoder"][0, -64:]
+        )
+        if "aligner" in seen and original.is_vl2:
             found.update(images=inputs.images[0], images_spatial_crop=inputs.images_spatial_crop[0])
             found.update(vision_tile0=seen["SigLIP"][0], image_embeds_head64=seen["aligner"][:64])
-            found.update(image_embeds_tail64=seen["aligner"][-64:])
+            found["image_embeds_tail64"] = seen["aligner"][-64:]
         elif "aligner" in seen:
-            found["pixel_values"] = inputs.pixel_values[0]
-            found["image_features"] = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
-            vision = {"vision_high": seen["SAM"], "vision_low": seen["SigLIP"]} if "SAM" in seen else None
-            found.update(vision or {"vision": seen["SigLIP"]})
+            features = seen["aligner"].unflatten(0, (len(inputs.pixel_values[0]), -1))
+            found.update(pixel_values=inputs.pixel_values[0], image_features=features)
+            towers = {"vision_high": "SAM", "vision_low": "SigLIP"} if "SAM" in seen else {"vision": "SigLIP"}
+            found.update({key: seen[stage] for key, stage in towers.items()})
         tensors.update({f"{case}.{key}": tensor.cpu().clone() for key, tensor in found.items()})
     return tensors, {}
 

@@ -29,7 +29,9 @@ LANGUAGES = {
     "tiny": replace(SMALL, latent=None),
     "small": SMALL,
     "base": with_experts(**SIGMOID),
-    "latent queries, groups": replace(with_experts(**GROUP_LIMITED), latent=replace(LATENT, q_lora_rank=20), yarn=YARN),
+    "latent queries, wide values, groups": replace(
+        with_experts(**GROUP_LIMITED), latent=replace(LATENT, q_lora_rank=20, v_head_dim=40), yarn=YARN
+    ),
 }
 
 
@@ -45,40 +47,27 @@ def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-TILE_TOKENS = 2 * 3 + 1 + 2 * (2 * 2 + 1)  # of an image of 2 x 1 tiles of 3 x 3 patches, which make 2 x 2 tokens
-
-
 def small_vl2(language: LanguageConfig) -> tuple[DeepseekVL, dict]:
     """A random model and a batch for it: a row with an image, and a shorter one without."""
     vision = SigLIPConfig(image_size=44, patch_size=14, width=24, layers=2, heads=2, mlp_width=40, gelu="tanh")
     model = randomized(DeepseekVL(ModelConfig(vision, language, TileConfig())))
-    ids = torch.randint(10, 120, (2, 12 + TILE_TOKENS))
-    where = torch.zeros_like(ids, dtype=torch.bool)
-    where[0, 4 : 4 + TILE_TOKENS] = True
-    mask = torch.ones_like(ids)
-    mask[1, :9] = 0
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "images_seq_mask": where,
-        "pixel_values": torch.randn(3, 3, 44, 44),
-        "images_spatial_crop": torch.tensor([[2, 1]]),
-        "labels": ids.masked_fill(where | (mask == 0), -100),
-    }
-    return model, batch
+    tokens = 2 * 3 + 1 + 2 * (2 * 2 + 1)  # of an image of 2 x 1 tiles of 3 x 3 patches, which make 2 x 2 tokens
+    ids = torch.randint(10, 120, (2, 12 + tokens))
+    where, mask = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids)
+    where[0, 4 : 4 + tokens], mask[1, :9] = True, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "images_seq_mask": where}
+    batch |= {"pixel_values": torch.randn(3, 3, 44, 44), "images_spatial_crop": torch.tensor([[2, 1]])}
+    return model, batch | {"labels": ids.masked_fill(where | (mask == 0), -100)}
 
 
 def transformers_module(version: str, kind: str, config: LanguageConfig, *args) -> torch.nn.Module:
     """transformers' module `kind` of deepseek_v2 or deepseek_v3 ("V2", "V3") for a config of ours."""
     module = pytest.importorskip(f"transformers.models.deepseek_{version.lower()}.modeling_deepseek_{version.lower()}")
-    parts = {"latent", "experts", "yarn", "head_dim", "rope_theta"}
-    values = {key: value for key, value in asdict(config).items() if key not in parts}
-    values |= asdict(config.latent or LATENT) | asdict(config.experts or EXPERTS)
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    make, rope = getattr(module, f"Deepseek{version}Config"), {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn:
         rope |= {"rope_type": "yarn"} | asdict(config.yarn)
-    names = getattr(module, f"Deepseek{version}Config").__init__.__annotations__
-    values = {key: value for key, value in values.items() if key in names}
-    theirs = getattr(module, f"Deepseek{version}Config")(**values, rope_parameters=rope)
+    names = make.__init__.__annotations__.keys() - {"head_dim"}
+    values = asdict(config) | asdict(config.latent or LATENT) | asdict(config.experts or EXPERTS)
+    theirs = make(**{key: value for key, value in values.items() if key in names}, rope_parameters=rope)
     theirs._attn_implementation = theirs._experts_implementation = "eager"
     return getattr(module, f"Deepseek{version}{kind}")(theirs, *args).eval()

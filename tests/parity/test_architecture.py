@@ -23,8 +23,7 @@ pytestmark = pytest.mark.usefixtures("seeded_without_gradients")
 
 every_golden = pytest.mark.parametrize("name", GOLDENS)
 every_case = pytest.mark.parametrize("case", range(4))
-every_vl = pytest.mark.parametrize("name", VL_GOLDENS)
-every_vl2 = pytest.mark.parametrize("name", VL2_GOLDENS)
+every_case_with_images = pytest.mark.parametrize("case", range(3))
 
 
 def prepared(name: str, case: int) -> tuple:
@@ -39,17 +38,11 @@ def prepared(name: str, case: int) -> tuple:
 
 @every_case
 @every_golden
-def test_1_a_conversation_becomes_token_ids(name, case):
+def test_1_a_conversation_becomes_token_ids_and_pixels(name, case):
+    """Squares of the model's size; in VL2 each whole picture and its tiles. Not every case has them in its file."""
     _, batch, expected = prepared(name, case)
     assert batch["input_ids"][0].tolist() == expected["input_ids"].tolist()
     assert batch["attention_mask"].all()
-
-
-@every_case
-@every_golden
-def test_2_pictures_become_pixels(name, case):
-    """Squares of the model's size; in VL2 each whole picture and its tiles. Not every case has them in its file."""
-    _, batch, expected = prepared(name, case)
     if "images_spatial_crop" in expected and "pixel_values" in batch:
         assert batch["images_spatial_crop"].tolist() == expected["images_spatial_crop"].tolist()
     pixels = expected.get("images", expected.get("pixel_values"))
@@ -60,40 +53,31 @@ def test_2_pictures_become_pixels(name, case):
 # ------------------------------------------------------------------------------------ vision.py: pixels to features
 
 
-def test_3_siglip_sees_every_patch():
+def test_2_siglip_sees_every_patch_and_the_aligner_widens_its_tokens():
     model, batch, expected = prepared("vl-siglip", 0)
-    assert_close(model.vision(batch["pixel_values"]), expected["vision"])
+    tokens = model.vision(batch["pixel_values"])
+    assert_close(tokens, expected["vision"])
+    assert_close(model.aligner(tokens), expected["image_features"])
 
 
-def test_3_sam_and_siglip_see_the_same_picture():
+def test_2_sam_and_siglip_see_the_same_picture_and_the_aligner_joins_their_tokens():
     """SAM at 256 pixels a side, SigLIP at 96 (1024 and 384 in the 7B), both normalized from one picture in [0, 1]."""
     model, batch, expected = prepared("vl-hybrid", 0)
     high_pixels, low_pixels = model.vision.split(batch["pixel_values"])
     high, low = model.vision(high_pixels, low_pixels)
     assert_close(high, expected["vision_high"])
     assert_close(low, expected["vision_low"])
+    assert_close(model.aligner(high, low), expected["image_features"])
 
 
-@pytest.mark.parametrize("case", range(3))
-@every_vl2
-def test_3_siglip_sees_every_tile(name, case):
+@every_case_with_images
+@pytest.mark.parametrize("name", VL2_GOLDENS)
+def test_2_siglip_sees_every_tile_and_the_aligner_lays_them_out_in_rows(name, case):
     model, batch, expected = prepared(name, case)
     tiles = model.vision(batch["pixel_values"])
     assert_close(tiles[0], expected["vision_tile0"])
     assert_close(model.aligner.project(tiles)[-1].flatten(0, 1), expected["projector_tile_last"])
-
-
-@every_vl
-def test_4_the_aligner_gives_features_of_the_language_models_width(name):
-    model, batch, expected = prepared(name, 0)
-    assert_close(torch.stack(encode_images(model, batch)), expected["image_features"])
-
-
-@pytest.mark.parametrize("case", range(3))
-@every_vl2
-def test_4_the_aligner_lays_tiles_out_in_rows(name, case):
-    model, batch, expected = prepared(name, case)
-    features = torch.cat(encode_images(model, batch))
+    features = torch.cat(model.aligner(tiles, batch["images_spatial_crop"]))
     assert_close(features[:64], expected["image_embeds_head64"])
     assert_close(features[-64:], expected["image_embeds_tail64"])
 
@@ -101,39 +85,36 @@ def test_4_the_aligner_lays_tiles_out_in_rows(name, case):
 # ------------------------------------------------------------------------------------ model.py: features to logits
 
 
-@pytest.mark.parametrize("case", range(3))
+@every_case_with_images
 @every_golden
-def test_5_features_take_the_place_of_image_tokens(name, case):
+def test_3_features_take_the_place_of_image_tokens(name, case):
     model, batch, _ = prepared(name, case)
     features = encode_images(model, batch)
-    where = batch["images_seq_mask"] if "images_seq_mask" in batch else None
-    embeddings = model.embed(batch["input_ids"], features, where)
-    if where is None:
-        where = batch["input_ids"] == model.config.image_token_id
+    embeddings = model.embed(batch["input_ids"], features, batch.get("images_seq_mask"))
+    where = batch.get("images_seq_mask", batch["input_ids"] == model.config.image_token_id)
     assert torch.equal(embeddings[where], torch.cat(features))
     assert torch.equal(embeddings[~where], model.language.embed_tokens(batch["input_ids"][~where]))
 
 
 @every_case
 @every_golden
-def test_6_the_decoder_turns_embeddings_into_hidden_states_and_logits(name, case):
+def test_4_the_decoder_turns_embeddings_into_hidden_states_and_logits(name, case):
     """After the first layer, after the last and its norm, and the logits; of the last 64 positions."""
     model, batch, expected = prepared(name, case)
     output, hidden_states, _ = inside(model, batch)
-    computed = {"hidden_layer1": hidden_states[1], "hidden_final": hidden_states[-1], "logits": output.logits}
-    assert "logits_last64" in expected
-    for stage, tensor in computed.items():
+    assert_close(output.logits[0, -64:], expected["logits_last64"])
+    for stage, tensor in (("hidden_layer1", hidden_states[1]), ("hidden_final", hidden_states[-1])):
         if f"{stage}_last64" in expected:
             assert_close(tensor[0, -64:], expected[f"{stage}_last64"])
 
 
 @every_golden
-def test_7_a_padded_batch_gives_each_conversation_its_own_logits(name):
+def test_5_a_padded_batch_gives_each_conversation_its_own_logits(name):
     """And the ids and the mask of the conversations that the original padded."""
     (model, processor), data = golden_model(name), golden(name)
     batch = processor([data.conversations[case] for case in data.batch])
-    assert batch["input_ids"].tolist() == data.tensors["batch.input_ids"].tolist()
-    assert batch["attention_mask"].tolist() == data.tensors["batch.attention_mask"].tolist()
+    for key in ("input_ids", "attention_mask"):
+        assert batch[key].tolist() == data.tensors[f"batch.{key}"].tolist()
     logits = model(**processor(data.conversations), logits_to_keep=1).logits
     for case, row in enumerate(logits):
         assert_close(row[-1], data.tensors[f"{case}.logits_last64"][-1])
@@ -144,11 +125,10 @@ def test_7_a_padded_batch_gives_each_conversation_its_own_logits(name):
 
 @every_case
 @every_golden
-def test_8_the_answer_is_the_originals_id_by_id(name, case):
+def test_6_the_answer_is_the_originals_id_by_id(name, case):
     """Greedy, 12 ids; the prompt in one pass or in chunks; and where it is there, with a repetition penalty."""
     model, batch, expected = prepared(name, case)
-    sizes = [None, 1, 7, 512] if batch["input_ids"].shape[1] < 300 else [None, 50]
-    for chunk_size in sizes:
+    for chunk_size in [None, 1, 7, 512] if batch["input_ids"].shape[1] < 300 else [None, 50]:
         assert generate(model, batch, 12, chunk_size=chunk_size) == [expected["greedy"].tolist()]
     if "greedy_repetition_penalty_1.3" in expected:
         penalized = expected["greedy_repetition_penalty_1.3"].tolist()
@@ -156,7 +136,7 @@ def test_8_the_answer_is_the_originals_id_by_id(name, case):
 
 
 @every_golden
-def test_8_answers_of_a_batch_are_those_of_each_alone(name):
+def test_6_answers_of_a_batch_are_those_of_each_alone(name):
     (model, processor), data = golden_model(name), golden(name)
     expected = [data.tensors[f"{case}.greedy"].tolist() for case in range(len(data.conversations))]
     for chunk_size in (None, 50):

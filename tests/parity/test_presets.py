@@ -27,31 +27,23 @@ PARAMETERS = {  # of the model; published, in billions, with SigLIP's pooling he
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)
-def test_parameter_counts(preset):
-    model = released_model(preset)
-    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
-    exact, _, active = PARAMETERS[preset]
+def test_parameters_and_pixels(preset):
+    """Their number; and the processor's sizes, means and deviations are those that the towers are built for."""
+    config, pixels, (exact, _, active) = MODELS[preset], PIXELS[preset], PARAMETERS[preset]
+    sizes = {key: parameter.numel() for key, parameter in released_model(preset).named_parameters()}
     assert sum(sizes.values()) == exact
     if active is not None:  # the experts chosen for a token and all else, but of the embeddings only one row
-        experts = model.config.language.experts
+        experts = config.language.experts
         routed = sum(size for key, size in sizes.items() if ".experts." in key)
         idle = routed * (experts.n_routed_experts - experts.num_experts_per_tok) // experts.n_routed_experts
         used = exact - idle - sizes["language.embed_tokens.weight"]
         assert used / 1e9 == pytest.approx(active, rel=0.03)
-
-
-@pytest.mark.parametrize("preset", PARAMETERS)
-def test_pixels_fit_the_towers(preset):
-    """The processor's sizes, means and deviations are those that the model's towers are built for."""
-    pixels, config = PIXELS[preset], MODELS[preset]
-    if isinstance(config.vision, HybridConfig):  # which normalizes for each of its towers
-        assert (pixels.side, pixels.normalize) == (config.vision.high.image_size, False)
-        assert pixels.mean == config.vision.high_norm.mean
-        assert config.vision.low.grid**2 == IMAGE_TOKENS
-    else:
-        assert (pixels.side, pixels.normalize) == (config.vision.image_size, True)
-        assert pixels.mean == pixels.std == (0.5, 0.5, 0.5)
-        assert config.tiles is not None or config.vision.grid**2 == IMAGE_TOKENS
+    hybrid = isinstance(config.vision, HybridConfig)  # which normalizes for each of its towers
+    high, low = (config.vision.high, config.vision.low) if hybrid else (config.vision, config.vision)
+    assert (pixels.side, pixels.normalize) == (high.image_size, not hybrid)
+    assert pixels.mean == (config.vision.high_norm.mean if hybrid else (0.5, 0.5, 0.5))
+    assert hybrid or pixels.std == (0.5, 0.5, 0.5)
+    assert config.tiles is not None or low.grid**2 == IMAGE_TOKENS
 
 
 def test_presets_equal_the_released_files():
@@ -59,11 +51,10 @@ def test_presets_equal_the_released_files():
     if not SHARED.is_dir():
         pytest.skip(f"the released configs and names are not at {SHARED}")
     for preset, config in MODELS.items():
-        chat = f"{preset}-chat"
-        folders = [preset] if config.tiles else [chat, f"deepseek-community--{chat}"]
+        chat, model = f"{preset}-chat", released_model(preset)
         assert config.image_token_id is None and config.end_token_ids == ()
-        model = released_model(preset)
-        for folder in (SHARED / "checkpoints" / name for name in folders):
+        for name in [preset] if config.tiles else [chat, f"deepseek-community--{chat}"]:
+            folder = SHARED / "checkpoints" / name
             resolutions = json.loads((folder / "config.json").read_text()).get("candidate_resolutions")
             assert resolutions is None or {*map(tuple, resolutions)} == {*CANDIDATE_RESOLUTIONS}
             layout, released = read_layout_and_config(folder)
@@ -74,5 +65,5 @@ def test_presets_equal_the_released_files():
             used = {key: shape for key, shape in names.items() if not re.search(UNUSED, key)}
             assert {key: tuple(target.shape) for key, target in expected.items()} == used
             assert {target.parameter for target in expected.values()} == dict(model.named_parameters()).keys()
-            if "community" not in str(folder):  # those leave out the pooling head
+            if name in (preset, chat):  # those of deepseek-community leave out the pooling head
                 assert f"{sum(map(math.prod, names.values())) / 1e9:.3g}" == f"{PARAMETERS[preset][1]}"

@@ -30,8 +30,7 @@ KNOWN = {  # by whether it is DeepSeek-VL2 and its language model's width: quest
 
 @pytest.mark.skipif(not (CHECKPOINT and IMAGE), reason="REAL_CHECKPOINT and REAL_IMAGE name no checkpoint and picture")
 def test_the_official_weights_give_the_known_answer():
-    processor = Processor(CHECKPOINT)
-    model = pack(load_model(CHECKPOINT, dtype=torch.bfloat16))
+    processor, model = Processor(CHECKPOINT), pack(load_model(CHECKPOINT, dtype=torch.bfloat16))
     kind = (processor.is_vl2, model.config.language.hidden_size)
     assert kind in KNOWN, f"no answer is known for {CHECKPOINT}"
     question, answer = KNOWN[kind]

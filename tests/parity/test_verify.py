@@ -1,8 +1,9 @@
 """tests/verify.py: it finds each fault of demo/ablate.py at the right stage, and none where there is none."""
 
 import sys
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import dump_original
 import pytest
@@ -35,10 +36,12 @@ def picture(tmp_path_factory):
     return str(file)
 
 
-def run(folder, picture, capsys, *options) -> tuple[int, str]:
-    """Exit status, and what was printed."""
-    status = verify.main([str(folder), "--image", picture, *map(str, options)])
-    return status, capsys.readouterr().out
+def run(folder, picture, capsys, *options, status: int = 0) -> str:
+    """What was printed, by a run with this exit status."""
+    found = verify.main([str(folder), "--image", picture, *map(str, options)])
+    printed = capsys.readouterr().out
+    assert found == status, printed
+    return printed
 
 
 # ------------------------------------------------------------------------------------ a stand-in for the original code
@@ -52,20 +55,20 @@ class Root(nn.Module):
         for module in ours.modules():
             if hasattr(module, "attend"):
                 module.attend = attention
-        self.kept, decoder = [ours], Decoder(ours)  # in a list: not a submodule
+        self.kept, decoder, tree = [ours], Decoder(ours), nn.ModuleDict  # in a list: not a submodule
         if ours.config.tiles is not None:
             self.vision, self.projector, self.language = ours.vision, ours.aligner, decoder
             return
-        self.language_model, self.vision_model, self.aligner = decoder, nn.Module(), nn.Module()
+        towers, first = {"vision_tower": ours.vision}, {}
         if hasattr(ours.vision, "high"):
-            self.aligner.high_up_proj = ours.aligner.high_proj
-            for side in ("high", "low"):
-                tower = nn.Module()
-                tower.vision_tower = getattr(ours.vision, side)
-                setattr(self.vision_model, f"vision_tower_{side}", tower)
-        else:
-            self.vision_model.vision_tower = ours.vision
-        self.aligner.parts = ours.aligner  # its other weights, which become wide too
+            sides = {"high": ours.vision.high, "low": ours.vision.low}
+            towers = {f"vision_tower_{side}": tree({"vision_tower": tower}) for side, tower in sides.items()}
+            first = {"high_up_proj": ours.aligner.high_proj}
+        self.language_model, self.vision_model, self.aligner = (
+            decoder,
+            tree(towers),
+            tree(first | {"all": ours.aligner}),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype):
@@ -119,20 +122,14 @@ class OriginalProcessor:
 
 @pytest.fixture
 def originals(monkeypatch):
-    """`import deepseek_vl` and `deepseek_vl2` find the stand-in."""
+    """`deepseek_vl` and `deepseek_vl2` are the stand-in."""
     dtype = property(lambda self: self.language.embed_tokens.weight.dtype)  # the layers are wide one at a time
     monkeypatch.setattr(DeepseekVL, "dtype", dtype)
-    classes = {"deepseek_vl": ("MultiModalityCausalLM", "VLChatProcessor")}
-    classes["deepseek_vl2"] = ("DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor")
-    for package, (model, processor) in classes.items():
-        models, io = ModuleType(f"{package}.models"), ModuleType(f"{package}.utils.io")
-        setattr(models, model, Root)
-        setattr(models, processor, OriginalProcessor)
-        io.load_pil_images = lambda talk: [load_image(i) for message in talk for i in message.get("images", [])]
-        for name, module in ((f"{package}.models", models), (f"{package}.utils.io", io)):
-            monkeypatch.setitem(sys.modules, name, module)
-        for name in (package, f"{package}.utils"):
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    load = lambda talk: [load_image(i) for message in talk for i in message.get("images", [])]  # noqa: E731
+    for package, model, processor, _ in dump_original.CLASSES.values():
+        models = SimpleNamespace(**{model: Root, processor: OriginalProcessor})
+        monkeypatch.setitem(sys.modules, f"{package}.models", models)
+        monkeypatch.setitem(sys.modules, f"{package}.utils.io", SimpleNamespace(load_pil_images=load))
 
 
 # ------------------------------------------------------------------------------------ no false alarm
@@ -146,8 +143,7 @@ def test_random_checkpoints_are_right(name, layout, dtype, tmp_path, picture, ca
     save_model(randomized(DeepseekVL(read_config(folder)), 0), folder)
     if layout == "transformers":
         convert(folder, tmp_path / layout, layout)
-    status, printed = run(tmp_path / layout, picture, capsys, "--dtype", dtype, "--prompt", "Is this <image> a cat?")
-    assert status == 0, printed
+    printed = run(tmp_path / layout, picture, capsys, "--dtype", dtype, "--prompt", "Is this <image> a cat?")
     assert printed.splitlines()[-1].startswith("RIGHT") and "SigLIP layer 2" in printed
     assert ("given" in printed) == (layout == "official")
 
@@ -157,8 +153,7 @@ def test_random_checkpoints_are_right(name, layout, dtype, tmp_path, picture, ca
 def test_a_dump_of_the_original(name, dtype, tmp_path, picture, capsys, originals):
     folder, dump = golden(name).folder, tmp_path / "dump"
     dump_original.main([str(folder), "--image", picture, "--out", str(dump), "--dtype", dtype, "--device", "cpu"])
-    status, printed = run(folder, picture, capsys, "--against", dump)
-    assert status == 0, printed
+    printed = run(folder, picture, capsys, "--against", dump)
     assert "given" not in printed and f"in {dtype}, against the original code" in printed
     assert ("of the experts equal" in printed) == (name in VL2_GOLDENS)
 
@@ -182,26 +177,21 @@ def test_golden_files_are_made_anew(name, tmp_path, originals):
 # ------------------------------------------------------------------------------------ faults
 
 
-def assert_wrong_at(stage: str, found: tuple[int, str]) -> None:
-    status, printed = found
-    assert status == 1 and printed.strip().endswith(f"WRONG: the first difference is in {stage}"), printed
-
-
 @pytest.fixture(scope="session")
 def references(tmp_path_factory, picture):
     """references(where) -> a folder, and a file of the right stages for it."""
     parent = tmp_path_factory.mktemp("references")
 
+    @cache
     def make(where: str) -> tuple[Path, Path]:
         file, folder = parent / where, golden("vl2-mla-sigmoid" if where == "VL2" else "vl-hybrid").folder
-        if where == "transformers":
-            folder = parent / "converted"
-            if not folder.exists():
-                convert(golden("vl-hybrid").folder, folder, "transformers")
-        if not file.exists() and where == "VL2":
+        if where == "VL2":
             dump_original.main([str(folder), "--image", picture, "--out", str(file), "--dtype", "float32"])
-        elif not file.exists():
-            verify.run_transformers(folder, [picture], "Describe this image.", "float32", file)
+            return folder, file
+        if where == "transformers":
+            convert(folder, parent / "converted", "transformers")
+            folder = parent / "converted"
+        verify.run_transformers(folder, [picture], "Describe this image.", "float32", file)
         return folder, file
 
     return make
@@ -211,7 +201,8 @@ def references(tmp_path_factory, picture):
 def test_the_table_points_to_the_fault(fault, picture, capsys, references, originals):
     folder, file = references(fault.where)
     with broken(fault):
-        assert_wrong_at(fault.stage, run(folder, picture, capsys, "--against", file))
+        printed = run(folder, picture, capsys, "--against", file, status=1)
+    assert printed.strip().endswith(f"WRONG: the first difference is in {fault.stage}"), printed
 
 
 def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
@@ -225,7 +216,7 @@ def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
     table, folder = load_weights.TRANSFORMERS_NAMES, golden("vl-hybrid").folder
     sides = {"aligner.high_proj.*": "aligner.low_proj.*", "aligner.low_proj.*": "aligner.high_proj.*"}
     take_table([(theirs, sides.get(ours, ours)) for theirs, ours in table])
-    assert_wrong_at("aligner", run(folder, picture, capsys))
+    assert run(folder, picture, capsys, status=1).strip().endswith("WRONG: the first difference is in aligner")
     take_table([(theirs.replace("high_res_vision_alpha", "alpha"), ours) for theirs, ours in table])
     with pytest.raises(SystemExit):
         run(folder, picture, capsys)
@@ -234,8 +225,8 @@ def test_wrong_rows_of_the_table_of_names(picture, capsys, monkeypatch):
 
 def test_every_fourth_layer(picture, capsys, references):
     folder, file = references("7B")
-    status, printed = run(folder, picture, capsys, "--against", file, "--layers", 4)
-    assert status == 0 and "SAM layer 3" in printed and "SAM layer 2" not in printed, printed
+    printed = run(folder, picture, capsys, "--against", file, "--layers", 4)
+    assert "SAM layer 3" in printed and "SAM layer 2" not in printed, printed
 
 
 def test_another_answer(picture, capsys, tmp_path, references):
@@ -250,8 +241,8 @@ def test_another_answer(picture, capsys, tmp_path, references):
         changed["greedy"][3] = other
         changed["greedy_logits"][3, other] = changed["greedy_logits"][3, ours] + logit
         save_file(changed, tmp_path / "dump", metadata=about)
-        found, printed = run(folder, picture, capsys, "--against", tmp_path / "dump")
-        assert found == status and words in printed and "3 greedy tokens equal" in printed, printed
+        printed = run(folder, picture, capsys, "--against", tmp_path / "dump", status=status)
+        assert words in printed and "3 greedy tokens equal" in printed, printed
 
 
 # ------------------------------------------------------------------------------------ what cannot be compared
