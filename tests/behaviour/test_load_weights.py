@@ -36,7 +36,7 @@ SILENT = dict.fromkeys(VL2_SMALL["language_config"].keys() - {"hidden_size", "n_
 SOME_LAYERS = {"first_k_dense_replace": 2, "moe_layer_freq": 2}
 LANGUAGE_CONFIGS = [  # a config, changes of its language_config, what is read, what differs from it
     (OFFICIAL, {}, LLAMA, {}),
-    (OFFICIAL, dict.fromkeys(("hidden_size", "rope_parameters", "num_key_value_heads")), LLAMA, {}),
+    (OFFICIAL, dict.fromkeys(("hidden_size", "rope_parameters", "num_key_value_heads")), LLAMA, {}),  # null: absent
     (OFFICIAL, {"num_attention_heads": 64}, LLAMA, dict(num_attention_heads=64, num_key_value_heads=64, head_dim=64)),
     (OFFICIAL, dict(num_key_value_heads=8, head_dim=64, rope_theta=500000, tie_word_embeddings=True), LLAMA,
      dict(num_key_value_heads=8, head_dim=64, rope_theta=500000.0, tie_word_embeddings=True)),
@@ -116,7 +116,7 @@ def test_dtypes(tmp_path):
     with pytest.raises(ValueError, match="dtype is torch.int8, expected one of"):
         load_model(folder, dtype=torch.int8)
     tensors = read_tensors(folder / "model.safetensors")
-    write_weights(folder, {name: tensor.double() if "norm" in name else tensor for name, tensor in tensors.items()})
+    write_weights(folder, {name: tensor if "embed" in name else tensor.double() for name, tensor in tensors.items()})
     assert {parameter.dtype for parameter in load_model(folder).parameters()} == {torch.float32}
 
 
@@ -227,7 +227,7 @@ def test_private_memory_while_loading(tmp_path):
 @pytest.fixture
 def half(monkeypatch):
     """Whether torch has such a kernel here; then layers of any size are packed."""
-    assert not HalfLinear.suits(nn.Linear(96, 200))  # too small to be faster
+    assert not HalfLinear.suits(nn.Linear(96, 200).half().float())  # too small to be faster
     monkeypatch.setattr(HalfLinear, "LEAST", 0)
     return agrees(HalfLinear, None, torch.float32, torch.device("cpu"))
 
