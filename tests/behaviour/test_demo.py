@@ -53,6 +53,11 @@ def test_names_and_places_in_a_scene_are_of_one_thing_each():
     assert min(asked.values()) > 150 and all(asked[task] == 300 for task in asked if task != "relation"), asked
 
 
+def test_where_there_is_no_shape_none_is_asked_for():
+    scene, _ = drawings.random_emptiness(Random(0))
+    assert [scenes.ask(scene, task, Random(0)) for task in ("color", "position", "relation")] == [None] * 3
+
+
 def test_a_drawing_holds_what_it_says_wholly_and_in_sight():
     grounds = set()
     for seed in range(150):
@@ -116,7 +121,7 @@ def test_quantized_weights_move_the_logits_little(kind, most, checkpoint):
 
 def test_help_draws_nothing_and_a_picture_is_drawn_where_asked(tmp_path, run_here):
     pictures = {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
-    for program in ("draw_tiles", "figures", "ablate", "evaluate", "train", "look"):
+    for program in ("draw_tiles", "figures", "ablate", "evaluate", "train", "look", "web"):
         result = run(DEMO / f"{program}.py", "--help", folder=tmp_path)
         assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
     result = run_here(draw_tiles, DEMO / "images" / "scene.png", "--out", tmp_path / "tiles.png")

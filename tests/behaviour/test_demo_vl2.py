@@ -109,8 +109,8 @@ def test_a_bias_rises_for_experts_with_too_few_tokens():
     router, balance = Router(LanguageConfig(hidden_size=4, experts=experts)), vl2_lessons.Balance()
     router.weight.data.copy_(4 * torch.eye(4))
     router.register_forward_hook(balance.count)
-    balance.real = torch.tensor([True] * 5 + [False])
-    router(torch.eye(4)[[0, 0, 0, 1, 2, 3]])  # the last is padding: 3, 1, 1 and 0 tokens, where 1.25 is the mean
+    balance.real = torch.tensor([True] * 5 + [False] * 4)
+    router(torch.eye(4)[[0, 0, 0, 1, 2, 3, 3, 3, 3]])  # four are padding: 3, 1, 1 and 0 tokens, where 1.25 is the mean
     balance.step(1.0)
     assert torch.allclose(router.e_score_correction_bias.data, vl2_lessons.BALANCE * torch.tensor([-1.0, 1, 1, 1]))
 
