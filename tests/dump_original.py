@@ -133,13 +133,13 @@ class Original:
         package, model_class, processor_class, language = CLASSES[self.kind]
         try:
             models, io = import_module(f"{package}.models"), import_module(f"{package}.utils.io")
-        except ImportError as error:
+            Model, Processor = getattr(models, model_class), getattr(models, processor_class)
+            self.load_pictures = io.load_pil_images
+        except (ImportError, AttributeError) as error:
             fail(f"the original code cannot be imported ({error}): pip install -e . in its repository")
-        self.load_pictures = io.load_pil_images
-        self.processor = getattr(models, processor_class).from_pretrained(str(folder))
+        self.processor = Processor.from_pretrained(str(folder))
         # Not .to(dtype), as in README: that would also round the frequencies of the rotations.
-        model = getattr(models, model_class).from_pretrained(str(folder), torch_dtype=dtype)
-        self.model = model.to(device).eval()
+        self.model = Model.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
         self.language = getattr(self.model, language)
         hybrid = not self.is_vl2 and hasattr(self.model.vision_model, "vision_tower_high")
         siglip = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
