@@ -82,22 +82,6 @@ def run(*arguments, folder: Path = ROOT, **options) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, cwd=folder, timeout=300, **options)
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """run_here(program, *arguments) -> status, out and err of the main of a program in demo, run in this process."""
-
-    def run_main(program, *arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
-        status = 0
-        try:
-            program.main()
-        except SystemExit as end:
-            status = end.code or 0
-        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
-
-    return run_main
-
-
 # ------------------------------------------------------------------ small random models, ours and transformers'
 
 KINDS = ["siglip", "hybrid"]  # the architectures of DeepSeek-VL 1.3B and 7B

@@ -17,7 +17,7 @@ from conftest import DEMO, GOLDENS, copy_checkpoint, golden, golden_model
 
 from generate import generate
 
-ANSWERED = [  # what README and test_demo.py show of the demo checkpoint
+ANSWERED = [  # what the demo checkpoint answers
     ({"id": "sign", "prompt": "What does the sign say?", "images": [SCENE]}, "It says PUSH."),
     ({"id": 7, "prompt": "Where is the green circle?", "images": [PHOTO]}, "The green circle is in the top right."),
     ({"id": "text", "prompt": "Read the text.", "images": [PHOTO]}, "It says 36."),

@@ -18,7 +18,7 @@ import pytest
 import scenes
 import torch
 import train
-from commands import assert_refused
+from commands import assert_refused, run_command
 from conftest import DEMO, run
 from PIL import Image
 
@@ -119,24 +119,24 @@ def test_quantized_weights_move_the_logits_little(kind, most, checkpoint):
     assert (moved - exact).norm() <= most * exact.norm()
 
 
-def test_help_draws_nothing_and_a_picture_is_drawn_where_asked(tmp_path, run_here):
+def test_help_draws_nothing_and_a_picture_is_drawn_where_asked(tmp_path, capsys):
     pictures = {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
     for program in ("draw_tiles", "figures", "ablate", "evaluate", "train", "look", "web"):
         result = run(DEMO / f"{program}.py", "--help", folder=tmp_path)
         assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
-    result = run_here(draw_tiles, DEMO / "images" / "scene.png", "--out", tmp_path / "tiles.png")
+    result = run_command(draw_tiles.main, [DEMO / "images" / "scene.png", "--out", tmp_path / "tiles.png"], capsys)
     assert result.status == 0 and (tmp_path / "tiles.png").exists(), result.err
     assert pictures == {file: file.stat().st_mtime_ns for file in DEMO.rglob("*.png")}
 
 
-def test_evaluation_prints_its_table(run_here):
-    table = run_here(evaluate, "--scenes", 2, "--dtype", "float32", "--device", "cpu")
+def test_evaluation_prints_its_table(capsys):
+    table = run_command(evaluate.main, ["--scenes", 2, "--dtype", "float32", "--device", "cpu"], capsys)
     assert table.status == 0 and all(f"| {task} |" in table.out for task in evaluate.ALL_TASKS), table.err
 
 
-def test_ablation_prints_every_fault_and_draws_its_picture(tmp_path, run_here):
+def test_ablation_prints_every_fault_and_draws_its_picture(tmp_path, capsys):
     """What must ruin the answers does, and what cannot change the logits does not."""
-    result = run_here(ablate, "--scenes", 2, "--out", tmp_path / "ablation.png")
+    result = run_command(ablate.main, ["--scenes", 2, "--out", tmp_path / "ablation.png"], capsys)
     assert result.status == 0, result.err
     cells = [[cell.strip() for cell in line.split("|")[1:]] for line in result.out.splitlines()[2:]]
     rows = {name: values for name, *values in cells}
@@ -167,14 +167,14 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("command, message", BAD_INPUT.items())
-def test_bad_input_is_one_line_and_writes_nothing(command, message, tmp_path, monkeypatch, run_here):
+def test_bad_input_is_one_line_and_writes_nothing(command, message, tmp_path, monkeypatch, capsys):
     for file in (tmp_path / "full" / "config.json", tmp_path / "broken" / "unfinished.pt"):
         file.parent.mkdir()
         file.write_text("{}")
     shutil.copyfile(DEMO / "images" / "scene.png", tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     before, (program, *arguments) = sorted(tmp_path.rglob("*")), command.split()
-    assert_refused(run_here(import_module(program), *arguments), f"error: {message}")
+    assert_refused(run_command(import_module(program).main, arguments, capsys), f"error: {message}")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -182,15 +182,15 @@ def history(folder: Path) -> list[dict]:
     return list(csv.DictReader((folder / "history.csv").open()))
 
 
-def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path, monkeypatch, run_here):
+def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # which would stay for other tests
     for steps in (2, 8):
-        result = run_here(train, "--out", tmp_path / "out", "--device", "cpu", "--steps", steps)
+        result = run_command(train.main, ["--out", tmp_path / "out", "--device", "cpu", "--steps", steps], capsys)
         assert result.status == 0, result.err
     first, second = history(tmp_path / "out")
     assert (first["step"], second["step"]) == ("2", "10")
     assert float(second["loss"]) < float(first["loss"]) - 1  # each is a mean since the row before
-    result = run_here(train, "--out", tmp_path / "out", "--steps", 1, "--kind", "vl2")
+    result = run_command(train.main, ["--out", tmp_path / "out", "--steps", 1, "--kind", "vl2"], capsys)
     assert_refused(result, "error: --kind vl2: the run in ")
 
 

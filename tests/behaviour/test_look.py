@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import assert_refused
+from commands import assert_refused, run_command
 from conftest import DEMO, GOLDENS, ROOT, golden, golden_model, run
 from PIL import Image
 
@@ -181,17 +181,21 @@ def test_in_a_browser_a_click_shows_the_map_and_hostile_text_stays_text(tmp_path
         assert np.argmax(shown["lights"]) == np.argmax(weights)  # the brightest cell is the most attended
 
 
-def test_the_command_writes_page_and_picture(tmp_path, monkeypatch, run_here):
+def test_the_command_writes_page_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     question = ["--image", DEMO / "images/scene.png", "--prompt", "Describe this image."]
-    result = run_here(look, *question, "--out", "look.html", "--png", "look.png", "--dtype", "float32")
+    result = run_command(
+        look.main, [*question, "--out", "look.html", "--png", "look.png", "--dtype", "float32"], capsys
+    )
     assert result.status == 0 and result.out.count("\n") == 2, result.err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["look.html", "look.png"]
     page, (_, processor, _, seen) = data_of((tmp_path / "look.html").read_text(encoding="utf-8")), looked("demo")
     texts = [look.spell(processor.tokenizer, step.id) for step in seen.steps]
     assert [token["text"] for token in page["tokens"]] == texts
     assert load_image(tmp_path / "look.png").width > 900
-    other = run_here(look, *question, "--png", "vl2.png", "--model", DEMO / "vl2", "--max-new-tokens", 2)
+    other = run_command(
+        look.main, [*question, "--png", "vl2.png", "--model", DEMO / "vl2", "--max-new-tokens", 2], capsys
+    )
     for done, name in ((result, "checkpoint"), (other, "vl2")):
         assert f"asking the small model in demo/{name}, which knows" in done.err
 
