@@ -11,7 +11,7 @@ import termios
 import pytest
 import torch
 from checkpoints import edit_json
-from commands import FLOAT32, SCENE, assert_refused, open_terminal, run_command
+from commands import FLOAT32, PHOTO, SCENE, assert_refused, open_terminal, run_command
 from conftest import DEMO, GOLDENS, KINDS, ROOT, alone, assert_close, encode_images, golden_model, random_batch
 from PIL import Image
 
@@ -150,7 +150,7 @@ def test_log_probabilities_are_those_of_a_forward_pass(small_pair, kind, options
 
 @every_golden
 def test_stop_texts(name):
-    """Every text of an answer as a stop text: the answer ends with the token that completes it."""
+    """Every text of an answer as a stop text: the answer ends with the token that completes the first."""
     model, processor = golden_model(name)
     batch, tokenizer = processor([user("What is this?")]), processor.tokenizer
 
@@ -162,9 +162,10 @@ def test_stop_texts(name):
     (free,) = generate(model, batch, 20)
     whole, _ = shown(free)
     for start in range(0, len(whole) - 3, 5):
-        stop = whole[start : start + 3], "never said"
+        stop = "never said", whole[start + 1 : start + 4], whole[start : start + 3]
+        said = whole[: min(whole.index(text) for text in stop[1:])]
         (ids,) = generate(model, batch, 20, stop=stop, tokenizer=tokenizer)
-        assert shown(ids, stop) == shown(free, stop) == (whole[: whole.index(stop[0])], True)
+        assert shown(ids, stop) == shown(free, stop) == (said, True)
         assert not shown(ids[:-1], stop)[1]
         assert [*stream(model, batch, 20, stop=stop, tokenizer=tokenizer)] == ids == free[: len(ids)]
     with pytest.raises(ValueError, match="stop is a list of texts that are not empty, and needs the tokenizer"):
@@ -210,8 +211,9 @@ def chat(capsys):
 def test_chat_asks_about_pictures_and_saves_what_was_said(chat, tmp_path):
     file = tmp_path / "said.json"
     first = "--image", SCENE, "--prompt", "What is in the center?"
+    pictures = f"/image {PHOTO}\n/clear\n/image {SCENE}\n/image {SCENE}\n\n"
     questions = "What does the sign say?\nHow many shapes are there?\n"
-    done = chat(f"/clear\n/image {SCENE}\n/image {SCENE}\n\n{questions}/save {file}\n/quit\nnever asked\n", *first)
+    done = chat(f"{pictures}{questions}/save {file}\n/quit\nnever asked\n", *first)
     assert done.status == 0
     messages = json.loads(file.read_text())
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
