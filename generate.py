@@ -652,7 +652,10 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
     if not boxes:
         return f"the answer locates nothing, {file} is not written"
     with unfinished(file) as hidden:
-        draw_boxes(image, boxes).save(hidden)
+        try:
+            draw_boxes(image, boxes).save(hidden)
+        except ValueError as error:  # what a format cannot hold
+            raise OSError(reason(error)) from None
     return f"{len(boxes)} box{'es' * (len(boxes) > 1)} drawn in {file}"
 
 

@@ -563,7 +563,7 @@ def check_tensors(expected: dict[str, Target], files: dict[str, WeightFile], lay
 
 # ---------------------------------------------------------------------------- how weights lie in memory
 
-# Torch will give up the tensors from which FBGEMM's int8 weights are packed; `agrees` will then say no.
+# Torch will drop the tensors from which FBGEMM's int8 weights are packed; `agrees` will then say no.
 warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 # A linear layer has six forms, which are called alike:
@@ -585,7 +585,7 @@ READ_AS_A_MATRIX = "kv_b_proj"  # latent attention computes with this weight its
 def layers_to_quantize(model: DeepseekVL, kind: str) -> list[str]:
     """The names of the linear layers that become "int8" or "int4".
 
-    These are the decoder's layers and the head, which every new token reads whole. The rest stays in 16 bits:
+    These are the decoder's layers and the head, which every new token reads whole. The rest stays as it is:
     embeddings, of which a token reads one row; norms and routers, which are small and sensitive; latent attention's
     `kv_b_proj`; vision and aligner, which run once an image; a head tied to the embedding; and for int4 a layer
     whose width no group divides.
@@ -783,7 +783,7 @@ class HalfLinear(Packed):
 
 
 def fits_in_half(weight: Tensor) -> bool:
-    """Whether each weight is a finite float16, but for at most 2^-25, which is half the least of them."""
+    """Whether each weight differs by at most 2^-25 from a finite float16: half the smallest one above zero."""
     parts = weight.split(256)  # little memory, and an early end for most that do not
     if weight.dtype == torch.float16:
         return all(part.abs().max() < math.inf for part in parts)
@@ -943,17 +943,19 @@ def agrees(form: type[Packed], kind: str | None, dtype: torch.dtype, device: tor
 
 @lru_cache
 def pays(form: type[Packed], kind: str | None, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this form `agrees` here, and on a CPU multiplies one row faster than a plain layer: a short race.
+    """Whether this form `agrees` here, and if here is a CPU, multiplies one row faster than a plain layer: a race.
 
     A Zen 4 takes half the time with packed bfloat16; on a Xeon with AMX steps took 1.4 times as long with it.
     """
-    if not agrees(form, kind, dtype, device):
-        return False
-    plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
-    layer = plain if kind is None else QuantizedLinear.empty((2048, 8192), kind, dtype)
+    works = agrees(form, kind, dtype, device)
+    if not works or device.type != "cpu":
+        return works
+    with device:  # whatever torch's default is
+        plain = nn.utils.skip_init(nn.Linear, 8192, 2048, bias=False, dtype=dtype)
+        layer = plain if kind is None else QuantizedLinear.empty((2048, 8192), kind, dtype)
     for tensor in (plain.weight.data, *layer.buffers()):
         tensor.fill_(1)
-    return device.type != "cpu" or is_faster(form(layer), plain)
+    return is_faster(form(layer), plain)
 
 
 @torch.inference_mode()
@@ -1145,7 +1147,7 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
     Args:
         dtype: to write in; by default as the weights are.
     Raises: ValueError where the folder's config describes another model, for a packed model, and for a tensor that
-        no checkpoint has a place for or that is not finite in `dtype`; OSError where nothing can be written.
+        no checkpoint has a place for or that is not finite in `dtype`; CannotWrite where it cannot be written.
     """
     folder = Path(path)
     tensors = tensors_to_save(model, folder, dtype)
@@ -1157,21 +1159,28 @@ def save_model(model: DeepseekVL, path: str | Path, dtype: torch.dtype | None = 
 
 
 class CannotWrite(OSError, ValueError):
-    """A full disk, or a folder that is read-only."""
+    """A file or folder cannot be written: a full disk, say, or a folder that is read-only.
+
+    An OSError by its kind, and a ValueError as all other bad input.
+    """
+
+    def __init__(self, path: Path, why: object):
+        super().__init__(f"{path}: cannot be written ({why})")
+        self.why = why
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """Yields a name beside `path`. What is written there becomes `path` if no error ends the block, else it is removed.
 
-    Raises: CannotWrite, which names `path`.
+    Raises: CannotWrite in place of any OSError inside the block.
     """
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield hidden
         hidden.replace(path)
     except (SafetensorError, OSError) as error:
-        raise CannotWrite(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        raise CannotWrite(path, getattr(error, "why", None) or getattr(error, "strerror", None) or error) from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         if hidden.is_file():
@@ -1231,7 +1240,8 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
     For a quantized model, so that the next start is fast. The folder appears when it is whole.
 
-    Raises: ValueError where `path` is already there, or lies in no folder, and as `save_model`.
+    Raises: ValueError where `path` is already there, or lies in no folder; OSError where `source` is none; and as
+        `save_model`.
     """
     files = sorted(Path(source).iterdir())
     with new_folder(Path(path)) as folder:

@@ -86,7 +86,8 @@ def check_refused(folder: Path, *words: str, read=load_model) -> str:
 def assert_same_weights(tested: torch.nn.Module, expected: torch.nn.Module) -> None:
     tested, expected = tested.state_dict(), expected.state_dict()
     assert tested.keys() == expected.keys()
-    assert all(torch.equal(tested[name], expected[name]) for name in expected)
+    for name, tensor in expected.items():
+        assert tested[name].dtype == tensor.dtype and torch.equal(tested[name], tensor), name
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")

@@ -34,7 +34,10 @@ def kernels_win_their_races(monkeypatch):
 
 @pytest.fixture(params=[DigitLinear, PackedQuantizedLinear])
 def fast(request) -> Callable[[QuantizedLinear], nn.Module]:
-    """A quantized layer's fast form, also where this machine would take another; the layer itself where it has none."""
+    """A quantized layer's fast form, also where this machine would take another; the layer itself where it has none.
+
+    `DigitLinear` is for int8 in float32 alone, and no machine has every kernel.
+    """
     return lambda layer: request.param(layer) if request.param.suits(layer) else layer
 
 
@@ -118,9 +121,15 @@ def test_layers_of_any_size_are_packed_or_stay_plain():
 
 @every_kind
 def test_a_kernel_that_is_slower_than_plain_weights_is_not_used(kind, monkeypatch):
-    monkeypatch.setattr(load_weights, "is_faster", lambda *_: False)
-    layer = pack(nn.Sequential(QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.bfloat16)))[0]
-    assert isinstance(layer, QuantizedLinear)
+    quantized, here = QuantizedLinear.from_weight(random_weight(64, 128), kind, torch.bfloat16), torch.device("cpu")
+    for wins in (True, False):
+        load_weights.pays.cache_clear()
+        monkeypatch.setattr(load_weights, "is_faster", lambda *_, wins=wins: wins)
+        is_packed = wins and load_weights.agrees(PackedQuantizedLinear, kind, torch.bfloat16, here)
+        assert isinstance(pack(nn.Sequential(quantized))[0], QuantizedLinear) != is_packed
+        with torch.device("meta"):  # the device that counts is the layer's
+            load_weights.pays.cache_clear()
+            assert isinstance(pack(nn.Sequential(quantized))[0], QuantizedLinear) != is_packed
 
 
 def test_int8_in_float16_does_not_overflow(fast):

@@ -107,6 +107,9 @@ def test_saving_in_what_is_no_dtype_of_a_checkpoint_and_on_a_full_disk(folder, m
     monkeypatch.setattr(load_weights, "save_file", full)
     with error_that_writes_nothing(folder, OSError, r"safetensors: cannot be written \(No space left on device\)$"):
         save_model(model, folder)
+    with pytest.raises(OSError, match=r"/new: cannot be written \(No space left on device\)$") as told:
+        save_checkpoint(model, folder, folder.with_name("new"))
+    assert str(told.value).count("cannot") == 1 and not folder.with_name("new").exists()
 
 
 def test_what_is_saved(folder):
