@@ -36,9 +36,18 @@ def kernels_win_their_races(monkeypatch):
 def fast(request) -> Callable[[QuantizedLinear], nn.Module]:
     """A quantized layer's fast form, also where this machine would take another; the layer itself where it has none.
 
-    `DigitLinear` is for int8 in float32 alone, and no machine has every kernel.
+    `DigitLinear` is for int8 in float32 alone; any other form that agrees with the equation here must be had.
     """
-    return lambda layer: request.param(layer) if request.param.suits(layer) else layer
+
+    def fastest(layer: QuantizedLinear) -> nn.Module:
+        if request.param.suits(layer):
+            return request.param(layer)
+        kind, dtype = "int8" if layer.weight.dtype == torch.int8 else "int4", layer.scales.dtype
+        if request.param is PackedQuantizedLinear or (kind, dtype) == ("int8", torch.float32):
+            assert not load_weights.agrees(request.param, kind, dtype, torch.device("cpu"))
+        return layer
+
+    return fastest
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
