@@ -732,17 +732,6 @@ class PackedLinear(Packed):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # opaque
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16, copy=True)
 
-    @staticmethod
-    def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
-        """Whether this is a linear layer in bfloat16 on a CPU that has packed kernels, and gains by them.
-
-        Args:
-            dtype: what the layer is to be converted to; by default its own.
-        """
-        if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.bfloat16:
-            return False
-        return pays(PackedLinear, None, torch.bfloat16, module.weight.device)
-
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both bfloat16."""
         one = len(rows) == 1  # repeated four times: for one row oneDNN uses no blocks
@@ -764,19 +753,6 @@ class HalfLinear(Packed):
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)  # opaque
 
-    @staticmethod
-    def suits(module: nn.Module, dtype: torch.dtype | None = None) -> bool:
-        """Whether this is a large layer in float32 on an x86 CPU whose weights float16 holds.
-
-        Args:
-            dtype: as of `PackedLinear`.
-        """
-        if not isinstance(module, nn.Linear) or (dtype or module.weight.dtype) != torch.float32:
-            return False
-        weight = module.weight.detach()
-        is_large = weight.numel() >= HalfLinear.LEAST
-        return is_large and agrees(HalfLinear, None, torch.float32, weight.device) and fits_in_half(weight)
-
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both float32."""
         return torch.ops.quantized.linear_dynamic_fp16(rows.float(), self.weight)
@@ -785,9 +761,7 @@ class HalfLinear(Packed):
 def fits_in_half(weight: Tensor) -> bool:
     """Whether each weight differs by at most 2^-25 from a finite float16: half the smallest one above zero."""
     parts = weight.split(256)  # little memory, and an early end for most that do not
-    if weight.dtype == torch.float16:
-        return all(part.abs().max() < math.inf for part in parts)
-    return all((part.float() - part.half().float()).abs().max() <= 2**-25 for part in parts)  # inf - inf is nan
+    return all((part - part.half()).abs().max() <= 2**-25 for part in parts)  # inf - inf is nan
 
 
 class DigitLinear(Packed):
@@ -807,13 +781,6 @@ class DigitLinear(Packed):
         zeros = torch.zeros_like(layer.scales, dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(layer.weight, layer.scales.double(), zeros, 0)
         self.weight = torch.ops.quantized.linear_prepack(weight, None)  # opaque; holds the scales
-
-    @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is an int8 layer in float32 on an x86 CPU."""
-        if not isinstance(module, QuantizedLinear) or module.weight.dtype != torch.int8:
-            return False
-        return module.scales.dtype == torch.float32 and agrees(DigitLinear, "int8", torch.float32, module.weight.device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), both float32; some rows at a time, which takes less memory."""
@@ -860,20 +827,6 @@ class PackedQuantizedLinear(Packed):
         for piece, place in zip(weight.split(256), packed.split(256)):  # as int32, 256 outputs fit a CPU's cache
             place.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(QuantizedLinear.halves(piece).int(), 1))
         return packed
-
-    @staticmethod
-    def suits(module: nn.Module) -> bool:
-        """Whether this is a quantized layer that a kernel of this machine can do, faster than plain weights."""
-        if not isinstance(module, QuantizedLinear):
-            return False
-        device = module.weight.device
-        if module.weight.dtype == torch.int8:
-            # At other widths the kernel drops the rest, or worse; CUDA's is slower than the equation.
-            kind, fits = "int8", module.in_features % 32 == 0 and device.type != "cuda"
-        else:
-            least = 128 if device.type == "cuda" else 64
-            kind, fits = "int4", module.in_features % least == 0 and len(module.weight) % 64 == 0
-        return fits and pays(PackedQuantizedLinear, kind, module.scales.dtype, device)
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), in the scales' dtype."""
@@ -967,20 +920,29 @@ def is_faster(packed: nn.Module, plain: nn.Linear) -> bool:
 
 
 def packed(name: str, layer: nn.Module, dtype: torch.dtype | None = None, workspace: Tensor | None = None) -> nn.Module:
-    """The layer's packed form, where this machine has one; otherwise the layer.
+    """The layer's packed form, where this machine has one that is faster; otherwise the layer.
 
     Args:
         dtype: what the layer is to be converted to; by default its own.
         workspace: see `PackedLinear`.
     """
-    if name.endswith(READ_AS_A_MATRIX):
+    if not isinstance(layer, (nn.Linear, QuantizedLinear)) or name.endswith(READ_AS_A_MATRIX):
         return layer
-    if PackedLinear.suits(layer, dtype):
-        return PackedLinear(layer, workspace)
-    is_for_tokens = not name.startswith(("vision.", "aligner."))  # an image gains less than this packing costs
-    if is_for_tokens and HalfLinear.suits(layer, dtype):
-        return HalfLinear(layer)
-    return next((form(layer) for form in (DigitLinear, PackedQuantizedLinear) if form.suits(layer)), layer)
+    weight, device, on_cuda = layer.weight.detach(), layer.weight.device, layer.weight.is_cuda
+    if isinstance(layer, nn.Linear):
+        dtype, is_large = dtype or weight.dtype, weight.numel() >= HalfLinear.LEAST
+        is_for_tokens = not name.startswith(("vision.", "aligner."))  # an image gains less than `HalfLinear` costs
+        if dtype == torch.bfloat16 and pays(PackedLinear, None, dtype, device):
+            return PackedLinear(layer, workspace)
+        gains = dtype == torch.float32 and is_for_tokens and is_large and agrees(HalfLinear, None, dtype, device)
+        return HalfLinear(layer) if gains and fits_in_half(weight) else layer
+    kind, dtype = "int8" if weight.dtype == torch.int8 else "int4", layer.scales.dtype
+    if kind == "int8" and dtype == torch.float32 and agrees(DigitLinear, kind, dtype, device):
+        return DigitLinear(layer)
+    # At other widths int8's kernel drops the rest, or worse; on CUDA it is slower than the equation.
+    least = 32 if kind == "int8" else 128 if on_cuda else 64
+    fits = layer.in_features % least == 0 and (not on_cuda if kind == "int8" else len(weight) % 64 == 0)
+    return PackedQuantizedLinear(layer) if fits and pays(PackedQuantizedLinear, kind, dtype, device) else layer
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -988,7 +950,7 @@ def pack(model: nn.Module) -> nn.Module:
 
     Linear layers become `PackedLinear` (bfloat16 on a CPU) or `HalfLinear` (float32 on an x86 CPU), quantized ones
     `DigitLinear` (int8 in float32 on an x86 CPU) or `PackedQuantizedLinear`. These can neither learn nor be written as
-    a checkpoint. A layer that no form suits stays.
+    a checkpoint. A layer that has no such form stays.
     """
     for name in [name for name, _ in model.named_modules() if name]:  # names alone, so each plain weight is freed
         model.set_submodule(name, packed(name, model.get_submodule(name)))
@@ -1240,15 +1202,17 @@ def save_checkpoint(model: DeepseekVL, source: str | Path, path: str | Path) -> 
 
     For a quantized model, so that the next start is fast. The folder appears when it is whole.
 
-    Raises: ValueError where `path` is already there, or lies in no folder; OSError where `source` is none; and as
-        `save_model`.
+    Raises: ValueError where `path` is already there, or lies in no folder; OSError where `source` is none, or
+        a file in it cannot be read; and as `save_model`.
     """
-    files = sorted(Path(source).iterdir())
+    described = {}
+    for file in sorted(Path(source).iterdir()):
+        describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
+        if describes or file.name == "tokenizer.model":
+            described[file.name] = file.read_bytes()  # first, so that an error names it
     with new_folder(Path(path)) as folder:
-        for file in files:
-            describes = file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
-            if describes or file.name == "tokenizer.model":
-                shutil.copyfile(file, folder / file.name)
+        for name, content in described.items():
+            (folder / name).write_bytes(content)
         save_model(model, folder)
 
 

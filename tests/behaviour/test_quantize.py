@@ -33,19 +33,20 @@ def kernels_win_their_races(monkeypatch):
 
 
 @pytest.fixture(params=[DigitLinear, PackedQuantizedLinear])
-def fast(request) -> Callable[[QuantizedLinear], nn.Module]:
+def fast(request, monkeypatch) -> Callable[[QuantizedLinear], nn.Module]:
     """A quantized layer's fast form, also where this machine would take another; the layer itself where it has none.
 
     `DigitLinear` is for int8 in float32 alone; any other form that agrees with the equation here must be had.
     """
+    agrees = load_weights.agrees
+    monkeypatch.setattr(load_weights, "agrees", lambda form, *of: form is request.param and agrees(form, *of))
 
     def fastest(layer: QuantizedLinear) -> nn.Module:
-        if request.param.suits(layer):
-            return request.param(layer)
         kind, dtype = "int8" if layer.weight.dtype == torch.int8 else "int4", layer.scales.dtype
-        if request.param is PackedQuantizedLinear or (kind, dtype) == ("int8", torch.float32):
-            assert not load_weights.agrees(request.param, kind, dtype, torch.device("cpu"))
-        return layer
+        wanted = request.param is PackedQuantizedLinear or (kind, dtype) == ("int8", torch.float32)
+        tested = load_weights.packed("", layer)
+        assert isinstance(tested, request.param) == (wanted and agrees(request.param, kind, dtype, torch.device("cpu")))
+        return tested
 
     return fastest
 
@@ -197,6 +198,10 @@ def test_quantize_must_be_known_and_fit_the_file(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             refused()
+    (target / "broken.json").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match="eight/broken.json"):  # the file that cannot be read, not the new folder
+        save(model, target, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["eight"]
 
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
