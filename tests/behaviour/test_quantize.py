@@ -199,7 +199,7 @@ def test_quantize_must_be_known_and_fit_the_file(tmp_path):
         with pytest.raises(ValueError, match=words):
             refused()
     (target / "broken.json").symlink_to("nothing")
-    with pytest.raises(FileNotFoundError, match="eight/broken.json"):  # the file that cannot be read, not the new folder
+    with pytest.raises(FileNotFoundError, match="eight/broken.json"):  # not the new folder
         save(model, target, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["eight"]
 
