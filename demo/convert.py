@@ -10,7 +10,6 @@ checkpoint say in each layout.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -130,12 +129,13 @@ def official_files(config: ModelConfig, processor: Processor) -> dict[str, dict]
     }  # fmt: skip
 
 
-def write_files(folder: Path, files: dict[str, dict], source: Path, image_token: str | None) -> None:
-    """Write a converted checkpoint's JSON files, and the tokenizer's and generation's files of `source`."""
-    for name in ("tokenizer.json", "tokenizer.model", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    tokenizer = read_json(source / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizerFast"}
+def write_files(
+    folder: Path, files: dict[str, dict], copied: dict[str, bytes], tokenizer: dict, image_token: str | None
+) -> None:
+    """Write a converted checkpoint's JSON files: made anew, as they are, and the tokenizer's config."""
+    for name, content in copied.items():
+        (folder / name).write_bytes(content)
+    tokenizer = tokenizer | {"tokenizer_class": "LlamaTokenizerFast"}
     if image_token is not None:
         added = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": image_token}}
         tokenizer |= added
@@ -174,8 +174,11 @@ def convert(source: str | Path, path: str | Path, layout: str, dtype: torch.dtyp
     if not (source / "generation_config.json").exists():
         ids = {"bos_token_id": processor.bos_token_id, "pad_token_id": processor.pad_token_id}
         contents["generation_config.json"] = ids | {"eos_token_id": list(model.config.end_token_ids)}
+    names = ("tokenizer.json", "tokenizer.model", "generation_config.json")
+    copied = {name: (source / name).read_bytes() for name in names if (source / name).exists()}  # errors name them
+    tokenizer = read_json(source / "tokenizer_config.json")
     with new_folder(path) as unfinished:
-        write_files(unfinished, contents, source, processor.image_token if theirs else None)
+        write_files(unfinished, contents, copied, tokenizer, processor.image_token if theirs else None)
         if read_config(unfinished) != model.config:
             raise ValueError(f"{source}: has sizes or pixels that config.json of the {layout} layout cannot say")
         tensors, shards, size = tensors_to_save(model, unfinished, None), [{}], 0

@@ -81,6 +81,11 @@ def test_what_cannot_be_converted(tmp_path):
             convert(source, new, layout)
     with pytest.raises(ValueError, match="is there already"):
         convert(golden("vl-siglip").folder, odd, "transformers")
+    unreadable = copy_checkpoint("vl-siglip", tmp_path / "unreadable") / "tokenizer.model"
+    before.add(unreadable.parent)
+    unreadable.mkdir()
+    with pytest.raises(OSError, match="unreadable/tokenizer.model"):  # not the new folder
+        convert(unreadable.parent, new, "transformers")
     assert {*tmp_path.iterdir()} == before
 
 
