@@ -64,11 +64,11 @@ def answer(run):
 
 def start(command: str, folder: Path = ROOT, stderr=subprocess.PIPE, **environment: str) -> subprocess.Popen:
     """`python generate.py <command>` in a process of its own."""
+    # Ctrl-C as a shell sets it up, even where these tests run in the background, which ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, ROOT / "generate.py", *shlex.split(command)],
         cwd=folder, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        # Ctrl-C as a shell sets it up, even where these tests run in the background, which ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
