@@ -199,6 +199,7 @@ from load_weights import (
 )
 from model import Decoder, DeepseekVL, KVCache, LayerCache, MixtureOfExperts, check_ids
 from processor import GROUNDING_TAGS, Processor, Tokenizer, draw_boxes, load_image, parse_boxes, reason
+from vision import TileAligner
 
 # ---------------------------------------------------------------------------- sampling
 
@@ -274,9 +275,12 @@ PICTURES = ("pixel_values", "high_res_pixel_values", "images_spatial_crop")  # w
 
 def split_pictures(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The arguments of `encode_images` for each picture alone."""
-    given = {name: batch[name] for name in PICTURES if batch.get(name) is not None and len(batch[name])}
-    crops = given.get("images_spatial_crop")
-    tiles = 1 if crops is None else (crops.prod(dim=1) + 1).tolist()  # the whole picture, and its tiles
+    given, tiles = {name: batch[name] for name in PICTURES if batch.get(name) is not None}, 1
+    if "pixel_values" not in given or not len(given["pixel_values"]):
+        return []
+    if "images_spatial_crop" in given:
+        crops = TileAligner.crops(given["images_spatial_crop"], len(given["pixel_values"]))
+        given["images_spatial_crop"], tiles = torch.tensor(crops), [1 + wide * high for wide, high in crops]
     parts = [tensor.split(tiles if name == "pixel_values" else 1) for name, tensor in given.items()]
     return [dict(zip(given, part)) for part in zip(*parts)]
 
@@ -303,7 +307,7 @@ class ConversationCache:
                 (self.features[key],) = model.encode_images(**picture)
             pictures.append(key)
         x = model.embed(ids, [self.features[key] for key in pictures], places)  # (1, all tokens, D)
-        places = ids == model.config.image_token_id if places is None else places
+        places = model.image_places(ids) if places is None else places
         keys = (key for key in pictures for _ in self.features[key])
         tokens = [(id, next(keys) if image else None) for id, image in zip(ids[0].tolist(), places[0].tolist())]
         held = self.tokens[: min(self.kv.length, len(tokens) - 1)]  # at least one is fed, for its logits

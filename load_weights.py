@@ -121,13 +121,13 @@ def fill(defaults: Any, section: Section, keys: dict[str, str] = OFFICIAL_KEYS, 
 
 
 def global_layers(section: Section, layers: int) -> tuple[int, ...]:
-    """SAM's layers that attend to the whole image and not to windows."""
+    """SAM's layers that attend to the whole image and not to windows, in the order in which they run."""
     key = "global_attn_indexes"
     indexes = section.values.get(key, list(SAMConfig.global_layers))
     fit = isinstance(indexes, list) and all(type(index) is int and 0 <= index < layers for index in indexes)
     if not fit or not indexes:
         section.refuse(key, f"a list of SAM layers, integers from 0 to {layers - 1}")
-    return tuple(indexes)
+    return tuple(sorted(indexes))
 
 
 def official_tower(section: Section, name: str, **known: Any) -> SigLIPConfig | SAMConfig:

@@ -276,7 +276,7 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 
     Args:
         attention_mask: (B, S), 1 for real tokens and 0 for padding.
-    Returns: (B, S) int64; padding gets 0, which does not matter, since no real token sees it.
+    Returns: (B, S) int64; what padding gets (on the left 0) does not matter, since no real token sees it.
     """
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -344,7 +344,7 @@ class KVCache:
 
         Args:
             real: bool (rows, T), False for padding; None where nothing is.
-        Returns: bool (B, S), which of the keys to attend to are tokens; None where nothing is padding.
+        Returns: bool (B, S), which of the keys to attend to are tokens; None where all are.
         Raises: ValueError where the tokens do not fit, or are of another number of rows.
         """
         end = self.length + T
@@ -447,7 +447,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(H * sizes.v_head_dim, D, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, bias: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """As `Attention.forward`."""
+        """As `Attention.forward`; rope turns qk_rope_head_dim of a head's values, so it is (B, 1, T, rope / 2)."""
         sizes = self.config
         q = self.q_proj(x) if sizes.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, nope + rope)
@@ -662,10 +662,11 @@ class Output:
     loss: Tensor | None = None
 
 
-def check_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
-    """Raise ValueError for another shape; a text stands for any size."""
-    if tensor.dim() != len(shape) or any(n not in (size, str(n)) for n, size in zip(shape, tensor.shape)):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
+def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
+    """Raise ValueError for another shape, or none at all; a text stands for any size."""
+    found = None if tensor is None else list(tensor.shape)
+    if found is None or len(found) != len(shape) or any(n not in (size, str(n)) for n, size in zip(shape, found)):
+        raise ValueError(f"{name} has shape {found}, expected [{', '.join(map(str, shape))}]")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, *shape: int | str) -> None:
@@ -738,16 +739,19 @@ class DeepseekVL(nn.Module):
                 check_shape("pixel_values", pixels, "images", 3, sizes.high.image_size, sizes.high.image_size)
                 high_pixels, pixels = self.vision.split(pixels)
             check_shape("high_res_pixel_values", high_pixels, "images", 3, sizes.high.image_size, sizes.high.image_size)
-            check_shape("pixel_values", pixels, "images", 3, sizes.low.image_size, sizes.low.image_size)
+            check_shape("pixel_values", pixels, len(high_pixels), 3, sizes.low.image_size, sizes.low.image_size)
             high, low = self.vision(high_pixels.to(self.device, dtype), pixels.to(dtype))
             return list(self.aligner(high.to(then), low.to(then)))
         check_shape("pixel_values", pixels, "images", 3, sizes.image_size, sizes.image_size)
         tokens = self.vision(pixels.to(dtype)).to(then)
         if isinstance(self.aligner, TileAligner):
-            if images_spatial_crop is None:
-                raise ValueError("pixel_values of tiles need images_spatial_crop, (images, 2)")
+            check_shape("images_spatial_crop", images_spatial_crop, "images", 2)
             return self.aligner(tokens, images_spatial_crop)
         return list(self.aligner(tokens))
+
+    def image_places(self, ids: Tensor) -> Tensor:
+        """Where the image token stands among ids: bool, of their shape. Nowhere, if the config names none."""
+        return ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
 
     def embed(
         self, input_ids: Tensor, features: Sequence[Tensor] = (), images_seq_mask: Tensor | None = None
@@ -764,19 +768,14 @@ class DeepseekVL(nn.Module):
         check_ids("input_ids", input_ids, self.config.language.vocab_size, "B", "T")
         input_ids = input_ids.to(self.device)
         embeddings = self.language.embed_tokens(input_ids)
-        if images_seq_mask is None:
-            if not len(features):
-                return embeddings
-            if self.config.image_token_id is None:
-                raise ValueError("pixel_values need images_seq_mask: this model's config names no image token")
-            images_seq_mask = input_ids == self.config.image_token_id
-        check_shape("images_seq_mask", images_seq_mask, *input_ids.shape)
-        places, count = int(images_seq_mask.sum()), sum(len(feature) for feature in features)
+        mask = self.image_places(input_ids) if images_seq_mask is None else images_seq_mask
+        check_shape("images_seq_mask", mask, *input_ids.shape)
+        places, count, id = int(mask.sum()), sum(map(len, features)), self.config.image_token_id
         if places != count:
             found = f"{count} image features" if count else "no pixel_values"
-            raise ValueError(f"{found} for {places} image tokens in input_ids; does processor_config.json fit?")
+            raise ValueError(f"{found} for {places} image tokens (id {id}); does processor_config.json fit?")
         joined = torch.cat([embeddings.new_empty(0, embeddings.shape[-1]), *features]).to(embeddings)
-        return embeddings.masked_scatter(images_seq_mask.to(self.device)[..., None], joined)
+        return embeddings.masked_scatter(mask.to(self.device, torch.bool)[..., None], joined)
 
     def forward(
         self,
@@ -797,11 +796,12 @@ class DeepseekVL(nn.Module):
             labels: (B, T), what each token should have been predicted as by the one before
                 it; -100 is ignored.
             logits_to_keep: compute logits only for that many tokens at the end; 0 for all.
-        Raises: ValueError for both or neither of input_ids and inputs_embeds, for a mask or labels of
-            another shape than the tokens, for ids beyond the vocabulary, and for labels without all logits.
+        Raises: ValueError for both or neither of input_ids and inputs_embeds, for pixels beside the latter,
+            for a mask, positions or labels of another shape than the tokens, for ids beyond the vocabulary,
+            and for labels without all logits.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None) or not (inputs_embeds is None or pixel_values is None):
+            raise ValueError("give either input_ids or inputs_embeds, which take no pixel_values")
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: logits_to_keep must be 0")
         if inputs_embeds is None:
@@ -810,8 +810,9 @@ class DeepseekVL(nn.Module):
         x = inputs_embeds.to(self.device, self.dtype)
         check_shape("inputs_embeds", x, "B", "T", self.config.language.hidden_size)
         B, T = x.shape[:2]
-        if attention_mask is not None:
-            check_shape("attention_mask", attention_mask, B, T)
+        for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if given is not None:
+                check_shape(name, given, B, T)
         if labels is not None:
             check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.language.vocab_size, B, T)
         real = None if attention_mask is None or attention_mask.all() else attention_mask.to(self.device).bool()

@@ -708,7 +708,7 @@ PIXELS = {
     "deepseek-vl2": VL2_PIXELS,
 }
 IMAGE_TOKENS = 576  # of a picture in DeepSeek-VL: a grid of 24 x 24. DeepSeek-VL2's rule is Processor.image_tokens
-# Of DeepSeek-VL2: every width and height of at most nine tiles (section 3.1), in tiles and in pixels.
+# Of DeepSeek-VL2: every width and height of at most nine tiles (section 2), in tiles and in pixels.
 TILINGS = (
     (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2),
     (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),
@@ -748,7 +748,7 @@ def to_tensor(image: Image.Image, settings: PixelSettings) -> Tensor:
 def best_resolution(size: tuple[int, int], candidates: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The (width, height) among `candidates` that keeps most of a picture's pixels, the least wasteful on a tie.
 
-    Kept are the pixels of the picture scaled to fit, but never more than it has (DeepSeek-VL2, section 3.1).
+    Kept are the pixels of the picture scaled to fit, but never more than it has (DeepSeek-VL2, section 2).
     """
     width, height = size
 

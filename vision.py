@@ -21,7 +21,7 @@ Shape letters:
 
 In the attention of SAM's windows B counts windows, and g and N are of a window.
 
-Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), DeepSeek-VL2 (2412.10302, section 3.1),
+Papers: DeepSeek-VL (arXiv 2403.05525, section 3.1), DeepSeek-VL2 (2412.10302, section 2),
 SigLIP (2303.15343), Segment Anything (2304.02643, appendix A), ViTDet (2203.16527) for windows
 and the neck. This file imports torch alone, so it can be lifted out as it is.
 """
@@ -178,13 +178,13 @@ class SigLIPMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, gelu: str):
         super().__init__()
-        self.gelu = gelu
+        self.approximate = {"exact": "none", "tanh": "tanh"}[gelu]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh" if self.gelu == "tanh" else "none"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class SigLIPBlock(nn.Module):
@@ -270,7 +270,7 @@ def relative_positions(table: Tensor) -> Tensor:
 
 
 class SAMAttention(nn.Module):
-    """Self-attention over a square grid, with decomposed relative positions (ViTDet, section 3).
+    """Self-attention over a square grid, with decomposed relative positions (ViTDet, section 3; MViTv2, 2112.01526).
 
         score[(qh, qw), (kh, kw)] = q . k / sqrt(d) + q . rel_pos_h[qh - kh] + q . rel_pos_w[qw - kw]
 
@@ -374,7 +374,8 @@ class SAM(nn.Module):
     Fine detail fades on the way up the tower. So the output of the first global layer takes a
     second path: its own neck (`neck_hd`), the same resizing and the same two convolutions. It
     is multiplied by one learned scalar, `hd_alpha_downsamples` (alpha), and added. The scalar
-    starts at zero: training decides how much of the early features to let in.
+    starts at zero: training decides how much of the early features to let in. (The paper does
+    not speak of this path; the released code has it.)
     """
 
     def __init__(self, config: SAMConfig, tokens_per_side: int):
@@ -514,7 +515,7 @@ class TileConfig:
 
 
 class TileAligner(nn.Module):
-    """Tiles to tokens in reading order: fold, Linear, exact GELU, Linear, lay out (VL2, section 3.1).
+    """Tiles to tokens in reading order: fold, Linear, exact GELU, Linear, lay out (VL2, section 2).
 
     Every image is seen twice: whole, as one tile (the global view), and cut into th rows of tw tiles
     (the local view). A learned newline ends each row of tokens, a learned separator parts the views.
@@ -566,8 +567,17 @@ class TileAligner(nn.Module):
 
     def _with_newlines(self, grid: Tensor) -> Tensor:
         """(rows, columns, D) -> (rows * (columns + 1), D)."""
-        newlines = self.image_newline.expand(grid.shape[0], 1, -1)
-        return torch.cat((grid, newlines), dim=1).flatten(0, 1)
+        return torch.cat((grid, self.image_newline.expand(len(grid), 1, -1)), dim=1).flatten(0, 1)
+
+    @staticmethod
+    def crops(spatial_crop: Tensor, tiles: int) -> list[tuple[int, int]]:
+        """Each image's tiles wide and high. Raises: ValueError where with the global views these are not `tiles`."""
+        # The original's processor gives a row of zeros for a conversation without images.
+        crops = [(wide, high) for wide, high in spatial_crop.long().tolist() if wide > 0 and high > 0]
+        count = sum(1 + wide * high for wide, high in crops)
+        if count != tiles:
+            raise ValueError(f"images_spatial_crop says {count} tiles with the global views, pixel_values hold {tiles}")
+        return crops
 
     def forward(self, x: Tensor, spatial_crop: Tensor) -> list[Tensor]:
         """
@@ -577,11 +587,6 @@ class TileAligner(nn.Module):
         Returns: one (tokens, D) tensor for each image.
         Raises: ValueError where the tiles are not as many as spatial_crop says.
         """
-        # The original's processor gives a row of zeros for a conversation without images.
-        crops = [(wide, high) for wide, high in spatial_crop.tolist() if wide and high]
-        counts = [1 + wide * high for wide, high in crops]
-        if sum(counts) != len(x):
-            found = f"{sum(counts)} tiles with the global views"
-            raise ValueError(f"images_spatial_crop counts {found}, pixel_values hold {len(x)}")
-        grids = self.project(x).split(counts)
+        crops = self.crops(spatial_crop, len(x))
+        grids = self.project(x).split([1 + wide * high for wide, high in crops])
         return [self.lay_out(grid, *crop) for grid, crop in zip(grids, crops)]

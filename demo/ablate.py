@@ -53,7 +53,7 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def other_gelu(_):
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="none" if self.gelu == "tanh" else "tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate="none" if self.approximate == "tanh" else "tanh"))
 
     return forward
 

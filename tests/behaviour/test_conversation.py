@@ -6,6 +6,7 @@ import select
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_a_later_turn_equals_a_fresh_start(name, fixed_shape, seen, monkeypatch)
     assert generate(model, batch, LIMIT, cache=cache, **options) == generate(model, batch, LIMIT, **options)
 
 
+def test_a_cache_takes_a_conversation_without_pictures(monkeypatch):
+    """As the original's processor gives it, with a row of zeros; also where a config names no image token."""
+    model, processor = golden_model("vl2-mla")
+    batch, size = processor([user("Hello")]), model.config.vision.image_size
+    batch |= {"pixel_values": torch.zeros(0, 3, size, size), "images_spatial_crop": torch.zeros(1, 2).long()}
+    expected = generate(model, batch, LIMIT)
+    assert generate(model, batch, LIMIT, cache=ConversationCache(model)) == expected
+    monkeypatch.setattr(model, "config", replace(model.config, image_token_id=None))
+    del batch["images_seq_mask"]
+    assert generate(model, batch, LIMIT, cache=ConversationCache(model)) == expected
+
+
 def test_what_a_cache_does_not_take(small_pair, monkeypatch):
     model, batch = small_pair("siglip").ours, random_batch("siglip")
     cache, one = ConversationCache(model), alone(batch, 0)
@@ -86,6 +99,8 @@ def test_what_a_cache_does_not_take(small_pair, monkeypatch):
     for wrong, options in ((batch, {}), ({"inputs_embeds": x}, {}), (one, {"n": 2, "temperature": 1})):
         with pytest.raises(ValueError, match="a cache continues one conversation"):
             generate(model, wrong, 3, cache=cache, **options)
+    with pytest.raises(ValueError, match=r"says 2 tiles .* hold 1"):
+        generate(golden_model("vl2-mla")[0], one | {"images_spatial_crop": torch.tensor([[1, 1]])}, 3, cache=cache)
     monkeypatch.setattr(model, "fixed_shape_steps", True)
     with pytest.raises(ValueError, match="the cache was made before compile_steps"):
         generate(model, one, 3, cache=cache)

@@ -30,18 +30,24 @@ def test_what_may_stand_for_pictures_and_which_logits_are_kept(small_pair):
 WRONG_INPUTS = [  # a model, what it is given beside ids, words of the error
     ("siglip", {"input_ids": None}, "either input_ids or inputs_embeds"),
     ("siglip", {"inputs_embeds": torch.ones(1, 5, 48)}, "either input_ids or inputs_embeds"),
+    ("siglip", {"input_ids": None, "inputs_embeds": torch.ones(1, 5, 48), "pixel_values": PICTURE}, "or inputs_embeds"),
     ("siglip", {"attention_mask": torch.ones(1, 4)}, r"\[1, 4\], expected .*5\]"),
+    *(("siglip", {"position_ids": torch.ones(shape)}, r"position_ids has shape .*, expected \[1, 5\]")
+      for shape in ((1, 1), (2, 5), (5,))),
     ("siglip", {"labels": IDS, "logits_to_keep": 1}, "logits_to_keep must be 0"),
     ("siglip", {"pixel_values": PICTURE}, "36 image features for 0 image tokens"),
     ("siglip", {"pixel_values": PICTURE, "images_seq_mask": IDS > 0}, "36 image features for 5 image tokens"),
     ("siglip", {"images_seq_mask": IDS > 0}, "no pixel_values for 5 image tokens"),
+    ("siglip", {"input_ids": IDS * 0 + IMAGE_TOKEN}, "no pixel_values for 5 image tokens"),
     ("siglip", {"pixel_values": torch.ones(1, 3, 30, 30)},
      r"pixel_values has shape \[1, 3, 30, 30\], expected \[images, 3, 26, 26\]"),
     ("hybrid", {"pixel_values": PICTURE}, r"expected \[images, 3, 80, 80\]"),
-    ("vl2", {"pixel_values": TILES}, "pixel_values of tiles need images_spatial_crop"),
+    ("hybrid", {"pixel_values": PICTURE, "high_res_pixel_values": torch.ones(2, 3, 80, 80)}, r"expected \[2, 3, 26"),
+    ("vl2", {"pixel_values": TILES}, r"images_spatial_crop has shape None, expected \[images, 2\]"),
+    ("vl2", {"pixel_values": TILES, "images_spatial_crop": torch.ones(1, 1, 2)}, r"expected \[images, 2\]"),
     *(("vl2", {"pixel_values": TILES, "images_spatial_crop": torch.tensor(crop)},
-       f"counts {tiles} tiles with the global views, pixel_values hold 3")
-      for crop, tiles in (([[1, 1]], 2), ([[1, 1], [1, 1]], 4), ([[0, 0]], 0), ([[3, 2]], 7))),
+       f"says {tiles} tiles with the global views, pixel_values hold 3")
+      for crop, tiles in (([[1, 1]], 2), ([[1, 1], [1, 1]], 4), ([[0, 0]], 0), ([[3, 2]], 7), ([[-1, -2]], 0))),
 ]  # fmt: skip
 
 
