@@ -3,6 +3,7 @@
 import fcntl
 import io
 import pty
+import signal
 import struct
 import termios
 from collections.abc import Callable
@@ -17,7 +18,7 @@ FLOAT32 = ["--dtype", "float32", "--device", "cpu"]
 
 def run_command(main: Callable, arguments: list, capsys, stdin: bytes | None = b"") -> SimpleNamespace:
     """The status, output and error of a script's `main`; without `stdin`, whoever started it has closed that."""
-    status = 0
+    status, at_interrupt = 0, signal.getsignal(signal.SIGINT)
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["command", *map(str, arguments)])
@@ -26,6 +27,8 @@ def run_command(main: Callable, arguments: list, capsys, stdin: bytes | None = b
             main()
         except SystemExit as end:
             status = end.code
+        finally:
+            signal.signal(signal.SIGINT, at_interrupt)  # generate.py's own would end the tests in silence
     return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
 

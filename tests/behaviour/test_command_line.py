@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -69,6 +68,7 @@ def start(command: str, folder: Path = ROOT, stderr=subprocess.PIPE, **environme
     return subprocess.Popen(
         [sys.executable, ROOT / "generate.py", *shlex.split(command)],
         cwd=folder, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        bufsize=0,
     )  # fmt: skip
 
 
@@ -191,10 +191,11 @@ def terminal(columns: int = 0):
     ours, theirs = open_terminal(columns)
 
     def sent() -> str:
+        os.write(theirs, b"\0")  # behind all else: a terminal passes on line by line, and not at once
         text = b""
-        while select.select([ours], [], [], 0.2)[0]:  # a terminal passes on line by line, and not at once
+        while not text.endswith(b"\0"):
             text += os.read(ours, 2**16)
-        return text.decode()
+        return text[:-1].decode()
 
     with open(theirs, "w") as file, redirect_stderr(file):
         yield sent

@@ -182,8 +182,6 @@ def test_stop_texts(name):
         assert shown(ids, stop) == shown(free, stop) == (said, True)
         assert not shown(ids[:-1], stop)[1]
         assert [*stream(model, batch, 20, stop=stop, tokenizer=tokenizer)] == ids == free[: len(ids)]
-    with pytest.raises(ValueError, match="stop is a list of texts that are not empty, and needs the tokenizer"):
-        generate(model, batch, stop=["a"])
 
 
 @every_golden
@@ -293,7 +291,7 @@ def test_chat_on_a_terminal():
     )  # fmt: skip
     os.close(theirs)
 
-    def press(keys: bytes, until: str, seconds: int = 60) -> str:
+    def press(keys: bytes, until: str, seconds: int = 300) -> str:
         """What the process shows up to these words. Without a word for five seconds, a Ctrl-C is pressed again:
         Python forgets one that comes between readline's echo of a key and its wait for the next."""
         os.write(ours, keys)

@@ -186,14 +186,19 @@ def test_steps_of_fixed_shape_are_decode_steps(name, monkeypatch):
     assert [generate(model, batch, max_new_tokens=9) for batch in batches] == expected
 
 
-@pytest.mark.parametrize("name, kind", [("vl-siglip", "int4"), ("vl2-mla", "int8")])
+@pytest.mark.parametrize("name, kind", [("vl-siglip", "int4"), ("vl2-mla", None)])
 def test_compiled_steps_give_the_same_ids(name, kind):
-    """Through torch.compile; where it cannot compile, with one reason and steps as before."""
+    """Through torch.compile; where it cannot compile at all, with one reason and steps as before."""
     model, batch, reasons = load_model(golden(name).folder, dtype=torch.float32, quantize=kind), two_texts(name), []
     expected = generate(pack(model), batch, max_new_tokens=4)
     compile_steps(model, failed=reasons.append)
     assert generate(model, batch, max_new_tokens=4) == expected
-    assert len(reasons) <= 1
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(3))
+    except (RuntimeError, OSError):
+        assert len(reasons) == 1
+    else:
+        assert not reasons
 
 
 @pytest.mark.parametrize("dtype, quantize", [(torch.bfloat16, None), (torch.float32, None), (torch.float32, "int8")])

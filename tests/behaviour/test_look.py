@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import assert_refused, run_command
-from conftest import DEMO, GOLDENS, ROOT, golden, golden_model, run
+from conftest import DEMO, GOLDENS, golden, golden_model, run
 from PIL import Image
 
 from generate import generate
@@ -202,8 +202,7 @@ def test_the_command_writes_page_and_picture(tmp_path, monkeypatch, capsys):
 
 def test_the_walk_runs_writes_pictures_and_changes_nothing(tmp_path):
     def files() -> dict:
-        kept = (file for file in ROOT.rglob("*") if not {".git", "__pycache__"} & set(file.parts))
-        return {file: file.stat().st_mtime_ns for file in kept}
+        return {file: file.stat().st_mtime_ns for file in DEMO.rglob("*") if "__pycache__" not in file.parts}
 
     before = files()
     result = run(DEMO / "walk.py", "--out", tmp_path / "walk", folder=tmp_path)

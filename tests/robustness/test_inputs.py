@@ -133,8 +133,9 @@ def test_a_batch_names_the_conversation_and_picture_at_fault():
             tested([[user(text, PICTURE, PICTURE)], [user(text, PICTURE, picture)]])
 
 
-def test_addresses_with_any_character(tmp_path):
+def test_addresses_with_any_character(tmp_path, monkeypatch):
     """Spaces and characters outside ASCII are escaped; what is escaped already stays."""
+    monkeypatch.setenv("no_proxy", "*")
     for name in ("a b.png", "图.png"):
         (tmp_path / name).write_bytes(PNG)
     with HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
