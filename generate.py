@@ -261,6 +261,9 @@ class Token(int):
         token.log_prob, token.likeliest = log_prob, likeliest
         return token
 
+    def __getnewargs__(self) -> tuple:  # for copies and pickles
+        return int(self), self.log_prob, self.likeliest
+
 
 def with_log_probs(ids: Tensor, logits: Tensor, k: int) -> list[Token]:
     """ids (B,) as Tokens, from the logits (B, vocabulary) that they were chosen by."""
@@ -378,8 +381,9 @@ def answer(
         raise ValueError(f"the prompt has {T} tokens, the model's context holds {most}" if T else "the prompt is empty")
     if mask.shape != (B, T) or not mask[:, -1].all():
         raise ValueError(f"attention_mask of shape {list(mask.shape)}: expected {[B, T]}, without padding at the end")
-    if cache is not None and (x is not None or B * n > 1):
-        raise ValueError("a cache continues one conversation of input_ids: not inputs_embeds, a batch, or n above 1")
+    if cache is not None and (x is not None or B * n > 1 or not mask.all()):
+        taken = "one conversation of input_ids: not inputs_embeds, a batch, padding, or n above 1"
+        raise ValueError(f"a cache continues {taken}")
     if cache is not None and cache.kv.fixed_shape != model.fixed_shape_steps:
         raise ValueError("the cache was made before compile_steps, make a new one")
     if n > 1 and sampling.get("temperature", 0) == 0:

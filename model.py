@@ -471,10 +471,11 @@ class LatentAttention(nn.Module):
             into and out of the latent space   S R (nope + v)         T R (nope + v)
             attention                          T S (nope + rope + v)  T S (2 R + rope)
 
-        So a decode step is absorbed, and a prompt expanded. (The zeros that pad v are not counted.)
+        So a decode step is absorbed, and a prompt expanded. (The zeros that pad v are not counted.) Never absorbed
+        is a `kv_b_proj` of another class, as LoRA puts in its place: that must be called, not read.
         """
         R, nope_and_v = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
-        return T * S * (2 * R - nope_and_v) < (S - T) * R * nope_and_v
+        return type(self.kv_b_proj) is nn.Linear and T * S * (2 * R - nope_and_v) < (S - T) * R * nope_and_v
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         """The plain formula: keys and values of every head from the latents.
@@ -794,7 +795,7 @@ class DeepseekVL(nn.Module):
                 where nothing is padding. A cache remembers the padding of the tokens before.
             position_ids: (B, T); by default counted from each row's first real token.
             labels: (B, T), what each token should have been predicted as by the one before
-                it; -100 is ignored.
+                it; -100 is ignored. The loss is the mean over the others, and 0 where there are none.
             logits_to_keep: compute logits only for that many tokens at the end; 0 for all.
         Raises: ValueError for both or neither of input_ids and inputs_embeds, for pixels beside the latter,
             for a mask, positions or labels of another shape than the tokens, for ids beyond the vocabulary,
@@ -830,7 +831,7 @@ class DeepseekVL(nn.Module):
         logits, loss = self.lm_head(x), None
         if labels is not None:
             predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(self.device, torch.int64)
-            loss = F.cross_entropy(predicted.float(), expected, ignore_index=-100)
+            loss = F.cross_entropy(predicted.float(), expected, reduction="sum") / (expected >= 0).sum().clamp(min=1)
         return Output(logits, loss)
 
 
@@ -850,7 +851,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
         "language.embeddings": what the decoder was given, (B, T, D)
         "language.layers.3.self_attn", "vision.blocks.0.attn": the weights of every attention, (B, H, T, S); in SAM's
             windowed layers B counts windows
-    Attention is then written out, so a record takes time and memory.
+    Every attention's weights are computed beside it, so a record takes time and memory.
     """
     recorded: dict[str, Any] = {}
 
@@ -860,7 +861,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
         def attend(q: Tensor, k: Tensor, v: Tensor, *args, **options) -> Tensor:
             identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
             blocks.append(attention(q, k, identity, *args, **options))  # the weights times 1
-            return attention(q, k, v, *args, **options)
+            return usual(q, k, v, *args, **options)
 
         def finish(*_) -> None:
             recorded[name] = torch.cat(blocks, dim=2).view(len(blocks[0]), module.heads, -1, blocks[0].shape[-1])

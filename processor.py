@@ -1048,15 +1048,18 @@ class Processor:
 
     def _pieces(self, conversation: Sequence[dict], system: str | None, raw: bool) -> tuple[list[Piece], list]:
         """The prompt in pieces, and the conversation's images in order."""
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"system is a {type(system).__name__}, expected a text")
         marker, other = self.image_token, IMAGE_MARKERS[not self.is_vl2]
         parsed = [message_text(message, marker, raw) for message in conversation]
         images = [image for _, _, found in parsed for image in found]
-        texts = [text for _, text, _ in parsed]
+        texts, first = [], f"{marker}\n" if self.is_vl2 else marker
+        for _, text, own in parsed:
+            if own and text.count(marker) != len(own):
+                text = text.replace(other, marker)  # the other generation's marker is taken as well
+            texts.append(text if marker in text else first * len(own) + text)  # without a marker, pictures come first
         if not images or sum(text.count(marker) for text in texts) != len(images):
-            texts = [text.replace(other, marker) for text in texts]  # the other generation's marker is taken as well
-        if sum(text.count(marker) for text in texts) != len(images):  # in a message without marker, pictures come first
-            first = f"{marker}\n" if self.is_vl2 else marker
-            texts = [text if marker in text else first * len(own) + text for text, (*_, own) in zip(texts, parsed)]
+            texts = [text.replace(other, marker) for text in texts]
         messages = [(role, text) for text, (role, _, _) in zip(texts, parsed)]
         if system is None and messages and messages[0][0] == "System":
             system = messages.pop(0)[1]
@@ -1148,8 +1151,6 @@ class Processor:
         """
         if isinstance(conversations, dict):  # a message alone
             conversations = [conversations]
-        if system is not None and not isinstance(system, str):
-            raise ValueError(f"system is a {type(system).__name__}, expected a text")
         found = f"a {type(conversations).__name__} without messages"
         conversations = list(conversations) if isinstance(conversations, Iterable) else []
         if not conversations or isinstance(conversations[0], (str, int)):
@@ -1209,7 +1210,8 @@ def parse_boxes(text: str, image_size: tuple[int, int]) -> list[Box]:
     Brackets of other contents and boxes without an area are skipped. Nothing is evaluated.
 
     Args:
-        text: decoded with its special tokens; image_size: width and height in pixels.
+        text: decoded with its special tokens; image_size: width and height of the picture as `load_image` gives it,
+            which is what the model saw: a photo may be stored turned.
     Raises: ValueError for an image size that is not positive.
     """
     sides = tuple(image_size) if isinstance(image_size, Iterable) else ()
@@ -1233,11 +1235,11 @@ BOX_COLOURS = ("#e6194b", "#0a7a3b", "#0050c8", "#a0388e", "#8a5200", "#00707a")
 
 
 def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
-    """A copy of the image with each box outlined and its label beside it, inside the image.
+    """A copy of the image, as `load_image` makes it, with each box outlined and its label beside it, inside the image.
 
     A label goes above its box, else below, else inside, and where it would cover another label, further down or up.
     """
-    image = image.convert("RGB")
+    image = load_image(image).copy()
     draw = ImageDraw.Draw(image)
     size = max(12, min(image.size) // 32)
     line = max(2, size // 6)

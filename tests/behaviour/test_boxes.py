@@ -160,6 +160,12 @@ def test_random_labels_and_images_of_every_mode_and_size():
         assert (drawn.size, drawn.mode) == (size, "RGB") and drawn.getbbox() is not None
 
 
+def test_a_photo_that_is_stored_turned_is_drawn_upright_as_the_model_saw_it():
+    photo = Image.new("RGB", (40, 60))
+    photo.getexif()[0x0112] = 6  # orientation
+    assert draw_boxes(photo, [Box("a", 0, 0, 60, 40)]).size == (60, 40)
+
+
 def random_boxes(count: int, width: int, height: int) -> list[Box]:
     dice = random.Random(0)
     corners = [[sorted(dice.sample(range(side + 1), 2)) for side in (width, height)] for _ in range(count)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import select
 import shutil
 import subprocess
@@ -96,7 +97,8 @@ def test_what_a_cache_does_not_take(small_pair, monkeypatch):
     model, batch = small_pair("siglip").ours, random_batch("siglip")
     cache, one = ConversationCache(model), alone(batch, 0)
     x = model.embed(one["input_ids"], encode_images(model, one))
-    for wrong, options in ((batch, {}), ({"inputs_embeds": x}, {}), (one, {"n": 2, "temperature": 1})):
+    padded = one | {"attention_mask": (one["input_ids"] != one["input_ids"][0, 0]).long()}
+    for wrong, options in ((batch, {}), (padded, {}), ({"inputs_embeds": x}, {}), (one, {"n": 2, "temperature": 1})):
         with pytest.raises(ValueError, match="a cache continues one conversation"):
             generate(model, wrong, 3, cache=cache, **options)
     with pytest.raises(ValueError, match=r"says 2 tiles .* hold 1"):
@@ -159,6 +161,9 @@ def test_log_probabilities_are_those_of_a_forward_pass(small_pair, kind, options
     assert_close(chosen, expected.gather(2, torch.tensor(rows)[..., None])[..., 0])
     top = expected.topk(4)
     assert [[[id for id, _ in token.likeliest] for token in row] for row in rows] == top.indices.tolist()
+    assert [[vars(token) for token in row] for row in pickle.loads(pickle.dumps(rows))] == [
+        [vars(token) for token in row] for row in rows
+    ]
     assert_close(torch.tensor([[[p for _, p in token.likeliest] for token in row] for row in rows]), top.values)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import IMAGE_TOKEN, KINDS, assert_close, encode_images, golden, golden_model, inside, random_batch
 from small_vl2 import LANGUAGES, SMALL, randomized, small_vl2, with_experts
+from torch import nn
 
 from load_weights import load_model
 from model import MODELS, KVCache, MixtureOfExperts, record
@@ -104,6 +106,25 @@ def test_errors_of_a_cache(small_pair):
         model(input_ids=IDS, cache=model.new_cache(2, 10))
 
 
+def test_a_wrapped_kv_b_proj_is_called_in_every_step():
+    """As of LoRA, which has the weight that it adds to as its own `weight`."""
+    model, batch = small_vl2(SMALL)
+
+    class Doubled(nn.Module):
+        def __init__(self, linear: nn.Linear):
+            super().__init__()
+            self.linear, self.weight = linear, linear.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.linear(x)
+
+    for layer in model.language.layers:
+        layer.self_attn.kv_b_proj = Doubled(layer.self_attn.kv_b_proj)
+    ids = torch.randint(10, 60, (1, 9))
+    cache, expected = model.new_cache(1, 9), model(input_ids=ids).logits
+    assert_close(torch.cat([model(input_ids=id, cache=cache).logits for id in ids.split(1, dim=1)], dim=1), expected)
+
+
 def test_cache_holds_a_latent_and_a_rotated_key_a_token_and_layer():
     """kv_lora_rank + qk_rope_head_dim = 512 + 64 values; tiny, without latents, all its keys and values."""
     values = {"deepseek-vl2-small": 27 * 576, "deepseek-vl2": 30 * 576, "deepseek-vl2-tiny": 12 * 2 * 1280}
@@ -117,11 +138,13 @@ def test_cache_holds_a_latent_and_a_rotated_key_a_token_and_layer():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_record_holds_every_layer_and_every_attention_of_the_towers(small_pair, kind):
-    """Nothing is kept once the block ends."""
+    """So does one inside another. Nothing is kept once the block ends."""
     model, batch = small_pair(kind).ours, random_batch(kind)
-    with record(model) as seen:
+    with record(model) as outer, record(model) as seen:
         logits = model(**batch).logits
     count = len(seen)
+    assert outer.keys() == seen.keys()
+    assert all(torch.equal(outer[name], seen[name]) for name in seen if name.endswith("attn"))
     assert_close(logits, model(**batch).logits, 1e-6)
     assert len(seen) == count
     assert_close(torch.cat(encode_images(model, batch)), seen["aligner"].flatten(0, 1), 1e-6)
@@ -152,6 +175,14 @@ def test_half_precision_error_is_of_the_order_of_rounding(name, dtype):
 
 
 # ------------------------------------------------------------------------------------ experts, learning
+
+
+def test_the_loss_is_the_mean_over_labels_and_zero_without_any(small_pair):
+    model, batch = small_pair("siglip").ours, random_batch("siglip")
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+    expected = F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_close(model(**batch, labels=labels).loss, expected, 1e-6)
+    assert model(**batch, labels=labels * 0 - 100).loss == 0
 
 
 def test_layers_that_have_experts():

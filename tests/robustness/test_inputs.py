@@ -96,10 +96,18 @@ def test_markers(name):
     assert f"{own}What?" in prompt(user(f"{other}What?", PICTURE))
     assert prompt(user("What?", PICTURE, PICTURE)).count(own) == 2
     answer = {"role": "assistant", "content": "a"}
-    for first, second, then in (("A?", "B?", own), (f"{other}A?", "B?", own), (f"{own}A?", f"{other}B?", "")):
+    for first, second, then in (
+        ("A?", "B?", own),
+        (f"{other}A?", "B?", own),
+        (f"{own}A?", f"{other}B?", ""),
+        ("A?", f"{other}B?", ""),
+    ):
         told = prompt(user(first, PICTURE), answer, user(second, *[PICTURE] * bool(then)))
         assert told.count(own) == 1 + bool(then) and told.index(own) < told.index("A?")
         assert f"User: {then}" in told and "B?" in told
+    for first, second, then in (("A?", f"{own}B?", []), ("A?", f"{own}B{own}?", [PICTURE])):  # no picture moves
+        with pytest.raises(ValueError, match=f"has {2 + len(then)} image markers, but {1 + len(then)} "):
+            prompt(user(first, PICTURE), answer, user(second, *then))
     with pytest.raises(ValueError, match="the text has 1 image marker, but 2 images are given"):
         prompt(user(f"{other}What?", PICTURE, PICTURE))
 

@@ -14,7 +14,7 @@ from torch import nn
 import load_weights
 from load_weights import Packed, QuantizedLinear, load_model, save_checkpoint, save_model
 
-CHECKPOINT, IDS = DEMO / "checkpoint", torch.arange(20)[None]
+CHECKPOINT, IDS = DEMO / "checkpoint", torch.arange(10, 30)[None]
 
 
 @pytest.fixture
