@@ -34,7 +34,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -48,7 +48,7 @@ progress_stands = False  # on the last line of the terminal
 def note(text: str, quiet: bool = False) -> None:
     """Progress on a terminal, each text in place of the last, cut to the window's width."""
     global progress_stands
-    if not quiet and sys.stderr.isatty():
+    if not quiet and sys.stderr is not None and sys.stderr.isatty():
         with suppress(OSError):
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
             end = "\n" if text.endswith("\n") else ""
@@ -61,13 +61,34 @@ def tell(line: str) -> None:
     with suppress(OSError, ValueError):
         if progress_stands:
             note("")
-        print(line, file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # otherwise `print` takes standard output
+            print(line, file=sys.stderr, flush=True)
 
 
 def fail(message: str):
     """Print one `error:` line, of at most 1000 characters, and end with status 2."""
     tell(f"error: {' '.join(message.split())}"[:1000])
     sys.exit(2)
+
+
+@contextmanager
+def told(stopped: str = "") -> Iterator[None]:
+    """Around a command: an error becomes one line and status 2, Ctrl-C the line `stopped`, if any, and status 130."""
+    open_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if stopped or progress_stands:
+            tell(stopped) if stopped else note("")
+        sys.exit(130)  # as the shell says of a program ended by Ctrl-C
+    except BrokenPipeError:  # whoever read the answer has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        fail(str(error) or type(error).__name__)
+    finally:
+        exit_at_interrupt()
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,9 +160,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     greedy, reads_input = args.temperature == 0, "-" in (args.prompt, *args.image)
+    asks = args.prompt is not None or args.image or args.chat
+    names = (*args.options, "system", "stop", "raw", "compile")
+    of_answers = any(getattr(args, name) != parser.get_default(name) for name in names)
     wrong = {
-        "nothing to do: give --image, --prompt or both": args.prompt is None
-        and not (args.image or args.chat or args.save),
+        "nothing to do: give --image, --prompt or both": not asks and args.save is None,
+        "--save alone answers nothing, its options are --model, --quantize, --dtype, --device": not asks and of_answers,
         "--prompt is not valid UTF-8": not is_utf8(args.prompt or ""),
         "--system is not valid UTF-8": not is_utf8(args.system or ""),
         "--system has no place in a --raw prompt": args.raw and args.system is not None,
@@ -350,7 +374,9 @@ def decode(
     generator.seed() if seed is None else generator.manual_seed(int(seed))
     for step in range(steps):
         if not logits.isfinite().all():
-            raise ValueError(f"logits are not finite in {model.dtype}: try bfloat16 or float32 (or check the weights)")
+            bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+            why = f", as {bad} is not" if bad else ": try bfloat16 or float32 (or check the weights)"
+            raise ValueError(f"logits are not finite in {model.dtype}{why}")
         scores = penalize_repetition(logits.float(), seen, float(repetition_penalty))
         ids = choose(scores, float(temperature), top_k, float(top_p), generator)  # (B,)
         yield ids.tolist() if log_probs is None else with_log_probs(ids, logits, int(log_probs))
@@ -642,7 +668,7 @@ def check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"--save {error}") from None
     if args.model is None and not DEMO.is_dir():
         raise ValueError(f"--model is missing, expected a checkpoint folder; {DEMO}, the default, is not there")
-    if args.model is not None and (not args.model or not Path(args.model).expanduser().is_dir()):
+    if args.model is not None and (not args.model or not Path(os.path.expanduser(args.model)).is_dir()):
         found = "is a file" if Path(args.model).is_file() else "is not there"
         hint = download_hint(args.model)
         raise ValueError(f"--model {args.model[:200]!r} {found}, expected a checkpoint folder{hint}")
@@ -670,7 +696,7 @@ def save_boxes(file: Path, image: Image.Image, answer: str) -> str:
 def run(args: argparse.Namespace) -> None:
     """Load, answer, report."""
     check_files(args)
-    folder = DEMO if args.model is None else Path(args.model).expanduser()
+    folder = DEMO if args.model is None else Path(os.path.expanduser(args.model))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
@@ -787,7 +813,7 @@ def chat(args: argparse.Namespace, model: DeepseekVL, processor: Processor, pict
                     raise ValueError("/image needs the name of a file, or an address")
                 pictures = [*pictures, load_named(value)]
             elif command == "/save":
-                save_conversation(Path(value).expanduser(), messages)
+                save_conversation(Path(os.path.expanduser(value)), messages)
             elif command.startswith("/"):
                 raise ValueError(f"{command[:80]} is no command, expected /image, /clear, /save or /quit")
             elif command:
@@ -823,21 +849,8 @@ def save_conversation(file: Path, messages: list[dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    open_streams()
-    args = ARGUMENTS if __name__ == "__main__" else parse_arguments(arguments)
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run(args)
-    except KeyboardInterrupt:
-        note("", args.quiet)
-        sys.exit(130)  # as the shell says of a program ended by Ctrl-C
-    except BrokenPipeError:  # whoever read the answer has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        fail(str(error) or type(error).__name__)
-    finally:
-        exit_at_interrupt()
+    with told():
+        run(ARGUMENTS if __name__ == "__main__" else parse_arguments(arguments))
 
 
 if __name__ == "__main__":

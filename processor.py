@@ -983,7 +983,7 @@ class Processor:
 
     def _read_tiles(self, settings: Settings, config: Settings) -> None:
         """Settings of DeepSeek-VL2's tiles."""
-        if not settings.values.get("candidate_resolutions"):
+        if settings.values.get("candidate_resolutions") is None:
             settings.add({"candidate_resolutions": config.values.get("candidate_resolutions")}, config.name)
         self.candidate_resolutions = read_resolutions(settings)
         side = self.candidate_resolutions[0][0]

@@ -30,7 +30,7 @@ from scenes import TASKS
 import model as model_file
 import processor as processor_file
 import vision as vision_file
-from generate import Parser, fail, note
+from generate import Parser, note, told
 from load_weights import load_model, unfinished
 from processor import Processor
 
@@ -245,7 +245,7 @@ def main() -> None:
     add("--scenes", type=int, default=25, metavar="N", help="questions of each kind (default: %(default)s)")
     add("--out", type=Path, default=DEMO / "ablation.png", metavar="FILE", help="picture (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with told():
         if args.scenes < 1:
             raise ValueError(f"--scenes {args.scenes}: expected at least 1")
         if args.out.suffix.lower() not in (".png", ".jpg", ".webp") or not args.out.resolve().parent.is_dir():
@@ -270,8 +270,6 @@ def main() -> None:
             print(f"| {fault.name} | {fault.stage} | {' | '.join(columns)} | {fault.why} |", flush=True)
         with unfinished(args.out) as hidden:
             draw_ablation(rows).save(hidden, optimize=True)
-    except (ValueError, OSError) as error:
-        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from generate import DEMO, Parser, TextStream, check_options, fail, generate, note, pick_device, pick_dtype, tell
+from generate import DEMO, Parser, TextStream, check_options, generate, note, pick_device, pick_dtype, tell, told
 from load_weights import load_model
 from model import DeepseekVL
 from processor import Processor, reason
@@ -143,8 +143,8 @@ def estimate_tokens(question: Question, processor: Processor) -> float:
     tokens, side = len(question.prompt) / 4, processor.pixels.side
     for image in question.images:
         size = side, side
-        if processor.is_vl2:
-            with suppress(Exception), Image.open(image) as opened:  # not an address, nor what is no picture
+        if processor.is_vl2 and os.path.isfile(image):  # not an address
+            with suppress(Exception), Image.open(image) as opened:  # nor what is no picture
                 size = opened.size
         tokens += processor.image_tokens(size, tiled=len(question.images) <= 2)
     return tokens
@@ -258,16 +258,14 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not quantized")
     add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="of several GPUs each process has one")
-    try:
-        run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        tell("stopped; the same command goes on from here")
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        fail(f"process {RANK}: {reason(error)}" if WORLD > 1 else reason(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads would abort a process that exits
+    with told("stopped; the same command goes on from here"):
+        try:
+            run(parser.parse_args(arguments))
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            raise ValueError(f"process {RANK}: {reason(error)}" if WORLD > 1 else reason(error)) from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()  # its threads would abort a process that exits
 
 
 if __name__ == "__main__":

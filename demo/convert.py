@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from generate import DTYPES, Parser, fail
+from generate import DTYPES, Parser, told
 from load_weights import (
     OFFICIAL_KEYS,
     TRANSFORMERS_KEYS,
@@ -144,6 +144,14 @@ def write_files(
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def difference(ours: Any, theirs: Any, name: str = "its config") -> str | None:
+    """The first field in which two configs differ, and both values; None if they are equal."""
+    if ours == theirs or type(ours) is not type(theirs) or not is_dataclass(ours):
+        return None if ours == theirs else f"{name} {str(ours)[:80]} (it would become {str(theirs)[:80]})"
+    found = (difference(getattr(ours, f.name), getattr(theirs, f.name), f.name) for f in fields(ours))
+    return next(filter(None, found), None)
+
+
 def convert(source: str | Path, path: str | Path, layout: str, dtype: torch.dtype | None = None) -> None:
     """Write a DeepSeek-VL checkpoint as a new folder in the official layout or in that of transformers.
 
@@ -179,8 +187,8 @@ def convert(source: str | Path, path: str | Path, layout: str, dtype: torch.dtyp
     tokenizer = read_json(source / "tokenizer_config.json")
     with new_folder(path) as unfinished:
         write_files(unfinished, contents, copied, tokenizer, processor.image_token if theirs else None)
-        if read_config(unfinished) != model.config:
-            raise ValueError(f"{source}: has sizes or pixels that config.json of the {layout} layout cannot say")
+        if (key := difference(model.config, read_config(unfinished))) is not None:
+            raise ValueError(f"{source}: config.json of the {layout} layout has no word for {key}")
         tensors, shards, size = tensors_to_save(model, unfinished, None), [{}], 0
         for name, tensor in tensors.items():
             if size and size + tensor.nbytes > SHARD_BYTES:
@@ -204,10 +212,8 @@ def main() -> None:
     parser.add_argument("--layout", choices=("official", "transformers"), required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: as stored)")
     args = parser.parse_args()
-    try:
+    with told():
         convert(args.source, args.path, args.layout, DTYPES.get(args.dtype))
-    except (ValueError, OSError) as error:
-        fail(str(error))
 
 
 if __name__ == "__main__":

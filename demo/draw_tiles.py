@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from generate import Parser, fail
+from generate import Parser, told
+from load_weights import unfinished
 from model import MODELS
 from processor import CANDIDATE_RESOLUTIONS, PIXELS, best_resolution, cut_tiles, load_image
 
@@ -90,12 +91,14 @@ def main() -> None:
     add("picture", nargs="?", type=Path, default=default, metavar="PICTURE", help="default: demo/images/board.jpg")
     add("--out", type=Path, metavar="FILE", help="default, for the default picture alone: demo/tiles.png")
     args = parser.parse_args()
-    try:
+    with told():
         if args.out is None and args.picture != default:
             raise ValueError("--out FILE is needed: demo/tiles.png is for the default picture alone")
-        draw_tiles(load_image(args.picture)).save(args.out or HERE / "tiles.png", optimize=True)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+        out = args.out or HERE / "tiles.png"
+        if out.suffix.lower() not in (".png", ".jpg", ".webp"):
+            raise ValueError(f"--out {out}: expected a name that ends in .png, .jpg or .webp")
+        with unfinished(out) as hidden:
+            draw_tiles(load_image(args.picture)).save(hidden, optimize=True)
 
 
 if __name__ == "__main__":

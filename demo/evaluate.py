@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ import evaluate_vl2
 from drawings import paint, random_drawing, random_emptiness
 from scenes import TASKS, Scene, ask, draw, random_scene, tell
 
-from generate import DTYPES, Parser, fail, generate, note, pick_device, pick_dtype
+from generate import DTYPES, Parser, generate, note, pick_device, pick_dtype, told
 from load_weights import load_model
 from model import DeepseekVL
 from processor import Processor
@@ -119,22 +120,13 @@ def vl2_shares(model: DeepseekVL, processor: Processor, scenes: int, task: str) 
     return {name: (share, part[name]) for name, share in whole.items()}
 
 
-def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
-    add, folder = parser.add_argument, Path(__file__).parent / "checkpoint"
-    add("--model", type=Path, default=folder, metavar="DIR", help="default: %(default)s")
-    add("--scenes", type=int, default=500, metavar="N", help="questions of each kind (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("auto", *DTYPES), default="auto")
-    args = parser.parse_args()
-    try:
-        if args.scenes < 1:
-            raise ValueError(f"--scenes {args.scenes}: expected at least 1")
-        device = pick_device(args.device)
-        model = load_model(args.model, dtype=pick_dtype(args.dtype, device), device=device)
-        processor = Processor(args.model)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+def evaluate(args: Namespace) -> None:
+    """Print the tables."""
+    if args.scenes < 1:
+        raise ValueError(f"--scenes {args.scenes}: expected at least 1")
+    device = pick_device(args.device)
+    model = load_model(args.model, dtype=pick_dtype(args.dtype, device), device=device)
+    processor = Processor(args.model)
     tasks, shares, columns = ALL_TASKS, vl_shares, "SAM and SigLIP | SAM's features zeros"
     if processor.is_vl2:
         tasks, shares, columns = evaluate_vl2.ALL_TASKS, vl2_shares, "both views | local view grey"
@@ -153,6 +145,17 @@ def main() -> None:
         for name, counts in evaluate_vl2.expert_load(model, processor, args.scenes).items():
             relative = counts / counts.mean()
             print(f"{name}: {relative.min():.2f} and {relative.max():.2f}")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add, folder = parser.add_argument, Path(__file__).parent / "checkpoint"
+    add("--model", type=Path, default=folder, metavar="DIR", help="default: %(default)s")
+    add("--scenes", type=int, default=500, metavar="N", help="questions of each kind (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dtype", choices=("auto", *DTYPES), default="auto")
+    with told():
+        evaluate(parser.parse_args())
 
 
 if __name__ == "__main__":

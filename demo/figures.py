@@ -21,8 +21,8 @@ import vl2_scenes
 from drawings import paint, random_drawing
 from scenes import SIDE, Scene, draw, plate, random_scene
 
-from generate import Parser
-from load_weights import read_config
+from generate import Parser, told
+from load_weights import read_config, unfinished
 from model import DeepseekVL
 from processor import Processor
 
@@ -124,21 +124,32 @@ def draw_curves(curves: Curves, names: list[str], most: float = 1.0, step: float
     return canvas
 
 
-def main() -> None:
-    parser = Parser(description="Writes the README's figures in demo and the scenes in demo/images.")
-    parser.parse_args()  # --help writes none of them
+def save(picture: Image.Image, name: str) -> None:
+    """As demo/<name>.png, whole or not at all."""
+    with unfinished(DEMO / f"{name}.png") as hidden:
+        picture.save(hidden)
+
+
+def write_figures() -> None:
     scenes = {name: random_scene(Random(seed)) for name, seed in EXAMPLES.items()}
     pictures = {name: draw(scene) for name, scene in scenes.items()}
     pictures["drawing"] = paint(random_drawing(Random(DRAWING)))
     pictures["wide"] = vl2_scenes.draw(vl2_scenes.random_scene(Random(WIDE)))
     for name, picture in pictures.items():
-        picture.save(DEMO / "images" / f"{name}.png")
-    draw_resolutions(scenes["scene"]).save(DEMO / "resolutions.png")
+        save(picture, f"images/{name}")
+    save(draw_resolutions(scenes["scene"]), "resolutions")
     for folder, name in (("checkpoint", "training"), ("vl2", "training_vl2")):
         curves = read_history(DEMO / folder / "history.csv")
-        told = [name for name in curves.points if name not in LOADS]
-        draw_curves(curves, [*told[1:], "loss"]).save(DEMO / f"{name}.png")
-    draw_curves(curves, list(LOADS), most=3.0, step=0.5).save(DEMO / "experts.png")
+        shown = [name for name in curves.points if name not in LOADS]
+        save(draw_curves(curves, [*shown[1:], "loss"]), name)
+    save(draw_curves(curves, list(LOADS), most=3.0, step=0.5), "experts")
+
+
+def main() -> None:
+    parser = Parser(description="Writes the README's figures in demo and the scenes in demo/images.")
+    parser.parse_args()  # --help writes none of them
+    with told():
+        write_figures()
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ from generate import (
     check_options,
     choose,
     demo_notice,
-    fail,
     make_message,
     note,
     pick_device,
     pick_dtype,
     tell,
+    told,
 )
 from load_weights import load_model, unfinished
 from model import DeepseekVL, ModelConfig, record
@@ -455,12 +455,8 @@ def main() -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dtype", choices=("auto", *DTYPES), default="auto")
     args = parser.parse_args()
-    try:
+    with told():
         run(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        fail(str(error)[:500] or type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,18 @@ from stages import Batches, Lessons, Stage
 from vl2_lessons import VL2Lessons
 from vl_lessons import VLLessons
 
-from generate import Parser, fail, pick_device
-from load_weights import read_config, save_model
+from generate import Parser, check_options, pick_device, told
+from load_weights import read_config, save_model, unfinished
 from model import DeepseekVL
 from processor import Processor
 
 KINDS = {"vl": VLLessons, "vl2": VL2Lessons}
 WARMUP = 100
 REPORT_EVERY, CHECK_EVERY, SAVE_SECONDS = 25, 500, 30
+SAVED = {  # what a run is saved as
+    "model": dict, "lessons": dict, "optimizers": list, "stage": int, "step": int, "seconds": float, "seed": int,
+    "kind": str, "lines": int,
+}  # fmt: skip
 
 
 class Run:
@@ -77,23 +81,25 @@ class Run:
         """What `save` wrote."""
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
-            needed = {"model", "lessons", "optimizers", "stage", "step", "seconds", "seed", "kind", "lines"}
-            missing = needed - set(state)
-        except (UnpicklingError, EOFError, TypeError, RuntimeError) as error:
+            wrong = [name for name, kind in SAVED.items() if not isinstance(state.get(name), kind)]
+        except (UnpicklingError, EOFError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{self.file}: not a run that this program saved ({type(error).__name__})") from error
-        if missing:
-            raise ValueError(f"{self.file}: not a run that this program saved (no {min(missing)})")
+        if wrong:
+            raise ValueError(f"{self.file}: not a run that this program saved ({wrong[0]} is missing or damaged)")
         return state
 
     def go_on(self, state: dict) -> None:
         """From what was saved; history.csv without what was reported after that."""
         if state["seed"] != self.seed:
             raise ValueError(f"--seed {self.seed}: the run in {self.folder} has seed {state['seed']}")
-        self.model.load_state_dict(state["model"])
-        self.lessons.load_state_dict(state["lessons"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.lessons.load_state_dict(state["lessons"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.file}: not a run that this program saved ({str(error)[:200]})") from error
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.optimizer_states = state["optimizers"]
-        lines = self.history.read_text().splitlines(keepends=True)
+        lines = self.history.read_text(errors="replace").splitlines(keepends=True)
         self.history.write_text("".join(lines[: state["lines"]]))
 
     def save(self) -> None:
@@ -104,9 +110,11 @@ class Run:
         }
         state |= {"stage": self.stage, "step": self.step, "seconds": self.seconds, "seed": self.seed, "kind": self.kind}
         state["lines"] = len(self.history.read_text().splitlines())
-        unfinished = self.file.with_suffix(".new")
-        torch.save(state, unfinished)
-        unfinished.replace(self.file)
+        with unfinished(self.file) as hidden:
+            try:
+                torch.save(state, hidden)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(str(error).partition("\n")[0]) from None
 
     def report(self, stage: Stage, loss: float, scores: dict[str, float]) -> None:
         """One line on the terminal and one in history.csv."""
@@ -237,14 +245,10 @@ def main() -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # on a GPU: products in TF32
-    try:
+    with told("stopped; the same command goes on from what was saved last"):
+        check_options(seed=args.seed)
         limits = Limits(args.minutes, args.steps)
         train(Run(args.out, pick_device(args.device), args.seed, args.kind), limits)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what was saved last", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -169,12 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=("auto", *generate.DTYPES), default="auto", help="of what is not quantized")
     add("--quantize", choices=("int8", "int4"), help="round decoder and head to 8 or 4 bits")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    try:
+    with generate.told():
         run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        generate.fail(reason(error))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from convert import transformers_files  # noqa: E402
 from dump_original import DTYPES as WIDER  # noqa: E402
 from dump_original import NEW_TOKENS, STAGES, about, collect, greedy, widen  # noqa: E402
 
-from generate import DTYPES, Parser, fail, generate, note  # noqa: E402
+from generate import DTYPES, Parser, generate, note, told  # noqa: E402
 from load_weights import LAYOUTS, checkpoint_tensors, load_model, read_config  # noqa: E402
 from model import DeepseekVL  # noqa: E402
 from processor import Processor, load_image  # noqa: E402
@@ -263,6 +264,9 @@ def prepare(folder: Path, images: list[str], prompt: str) -> tuple[Processor, di
 def verify(folder: Path, images: list[str], prompt: str, against: str, name: str | None, every: int) -> int:
     """Run, compare and print; returns the exit status. name: of the dtype; None: the dump's, otherwise float32."""
     processor, _, batch = prepare(folder, images, prompt)
+    for image in images:
+        if not os.path.isfile(image):  # of which a dump has the hash
+            raise ValueError(f"--image {image[:80]}: expected the name of a file")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(against)
         if against == "transformers":
@@ -281,6 +285,10 @@ def verify(folder: Path, images: list[str], prompt: str, against: str, name: str
             with safe_open(file, "pt") as reference:
                 metadata = reference.metadata() or {}
                 name = name or metadata.get("dtype", "float32")
+                if name not in WIDER or not {"reference", "given"} <= metadata.keys():
+                    raise ValueError(
+                        f"{file}: no file of tests/dump_original.py (of its metadata some is missing or damaged)"
+                    )
                 for key, right in about("", processor.model_type, prompt, images, name, []).items():
                     if key not in ("reference", "given") and metadata.get(key) != right:
                         found = f"made from another {key.replace('_', ' ')}: {str(metadata.get(key))[:80]!r}"
@@ -315,14 +323,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, default=1, metavar="N", help="compare every Nth layer (default: 1, all)")
     args = parser.parse_args(arguments)
     images = args.image or [str(ROOT / "demo" / "images" / "scene.png")]
-    try:
+    with told():
         if args.layers < 1:
             raise ValueError(f"--layers {args.layers}: expected at least 1")
         return verify(args.folder, images, args.prompt, args.against, args.dtype, args.layers)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        fail(str(error)[:500] or type(error).__name__)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -214,6 +214,14 @@ def test_two_processes_killed_midway_and_started_again(run, tmp_path):
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "whole.jsonl") and not list(tmp_path.glob("a.jsonl.*"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_no_picture_and_holds_nothing_up(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path / "q.jsonl", [{"id": 1, "prompt": "Hi", "images": ["pipe"]}])
+    run("--model", golden("vl2-mha").folder)
+    assert read(tmp_path / "a.jsonl") == [{"id": 1, "error": "pipe: not a file, expected an image file"}]
+
+
 def test_an_error_under_torchrun_is_told(tmp_path):
     write(tmp_path / "q.jsonl", [b""])
     process = start_two(tmp_path)

@@ -287,7 +287,8 @@ def test_ctrl_c_while_importing_ends_in_silence(module, tmp_path):
 
 
 def test_interrupted_while_loading(run, monkeypatch):
-    def interrupted(*_, **__):
+    def interrupted(*_, progress, **__):
+        progress(0.5)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "load_model", interrupted)
@@ -345,6 +346,7 @@ BAD_COMMANDS = {
     f"{ASK} --top-k 5": "--top-k has no effect at temperature 0, give --temperature",
     f"{ASK} --seed 1": "--seed has no effect at temperature 0, give --temperature",
     f"{ASK} --raw --system Hi": "--system has no place in a --raw prompt",
+    "--quantize int8 --save new --stop x": "--save alone answers nothing, its options are --model",
     f"{ASK} --save new": "--save writes a quantized checkpoint, give --quantize",
     f"{ASK} --quantize int8 --save model": "--save model: is there already, expected the name of a new folder",
     f"{ASK} --device cuda": "--device cuda: there is none here, expected one of cpu",
@@ -352,6 +354,7 @@ BAD_COMMANDS = {
     f"{ASK} --boxes found.png --image picture.png": "--boxes needs a DeepSeek-VL2",
     f"{LOOK} --prompt '<image> or <image>?'": "the text has 2 image markers, but 1 image is given",
     f"{ASK} --model nowhere": "--model 'nowhere' is not there, expected a checkpoint folder",
+    f"{ASK} --model ~nobody": "--model '~nobody' is not there, expected a checkpoint folder",
     f"{ASK} --model ''": "--model '' is not there, expected a checkpoint folder",
     f"{ASK} --model model/config.json": "is a file, expected a checkpoint folder",
     f"{ASK} --model {'a' * 10**5}": "File name too long", f"{ASK} --model .": "config.json: no such file",

@@ -246,6 +246,7 @@ def test_bad_lines_in_chat_are_one_error_each_and_the_chat_goes_on(chat, tmp_pat
         "/shout": "/shout is no command", "/image nowhere.png": "no such image file",
         "/image": "needs the name of a file", "/image -": "needs the name of a file",
         f"/image {tmp_path}/text.png": "not an image", f"/save {tmp_path}/nowhere/a.json": "cannot be written",
+        "/save ~nobody/a.json": "cannot be written",
         "/save": "expected a name that ends in .json", "shape " * 3000: "/clear starts over",
         "<image_placeholder> and <image_placeholder>?": "2 image markers, but 1 image is given",
         "\udcff\udcfe": "the question is not valid UTF-8",

@@ -73,8 +73,8 @@ def test_what_cannot_be_converted(tmp_path):
     for source, layout, words in (
         (golden("vl2-mha").folder, "official", "a DeepSeek-VL2, which has no other layout"),
         (int8, "transformers", "holds quantized weights"),
-        (odd, "transformers", "that config.json of the transformers layout cannot say"),
-        (demo, "transformers", "that config.json of the transformers layout cannot say"),  # its SAM's channels
+        (odd, "transformers", "config.json of the transformers layout has no word for"),
+        (demo, "transformers", r"no word for downsample_channels \(64, 128\) \(it would become \(128, 256\)\)"),
         (golden("vl-siglip").folder, "gguf", "layout is 'gguf', expected official or transformers"),
     ):
         with pytest.raises(ValueError, match=words):

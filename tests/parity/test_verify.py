@@ -1,5 +1,6 @@
 """tests/verify.py: it finds each fault of demo/ablate.py at the right stage, and none where there is none."""
 
+import base64
 import sys
 from functools import cache
 from pathlib import Path
@@ -252,6 +253,7 @@ def test_errors_are_one_line(picture, capsys, tmp_path, references, monkeypatch)
     folder, file = references("7B")
     vl2, other = golden("vl2-mha").folder, str(golden("vl-hybrid").folder / "images" / "0.png")
     (tmp_path / "text").write_text("no tensors")
+    save_file({"ids": torch.zeros(1)}, tmp_path / "bare", metadata={"dtype": "int3"})
     cases = [
         ((folder, picture, "--against", file, "--prompt", "What?"), "made from another prompt: 'Describe this image.'"),
         ((folder, other, "--against", file), "made from another pictures"),
@@ -259,9 +261,14 @@ def test_errors_are_one_line(picture, capsys, tmp_path, references, monkeypatch)
         ((vl2, picture, "--against", file), "made from another model type: 'multi_modality'"),
         ((folder, picture, "--against", tmp_path / "none"), "no such file, expected transformers or a file"),
         ((folder, picture, "--against", tmp_path / "text"), "no file of tests/dump_original.py"),
+        ((folder, picture, "--against", tmp_path / "bare"), "of its metadata some is missing or damaged"),
         ((vl2, picture), "transformers has no DeepSeek-VL2; --against DUMP"),
         ((tmp_path, picture), "config.json: no such file"),
         ((folder, str(tmp_path / "none.png")), "none.png: no such image file"),
+        (
+            (folder, "data:image/png;base64," + base64.b64encode(Path(picture).read_bytes()).decode()),
+            "--image data:image",
+        ),
         ((folder, picture, "--layers", 0), "--layers 0: expected at least 1"),
         ((folder, picture), "pip install -r tests/requirements.txt"),  # comes last: then transformers is gone
     ]
