@@ -73,7 +73,12 @@ class Run:
         self.model.to(device)
         self.lessons.to(device)
         if state is None:
-            self.save()
+            try:
+                self.save()
+            except OSError:  # a full disk, say: the same command may then start anew
+                for file in folder.iterdir():
+                    file.unlink()
+                raise
         else:
             self.go_on(state)
 
