@@ -79,8 +79,7 @@ def told(stopped: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if stopped or progress_stands:
-            tell(stopped) if stopped else note("")
+        tell(stopped) if stopped else note("", quiet=not progress_stands)
         sys.exit(130)  # as the shell says of a program ended by Ctrl-C
     except BrokenPipeError:  # whoever read the answer has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1059,7 +1059,7 @@ class Processor:
                 text = text.replace(other, marker)  # the other generation's marker is taken as well
             texts.append(text if marker in text else first * len(own) + text)  # without a marker, pictures come first
         if not images or sum(text.count(marker) for text in texts) != len(images):
-            texts = [text.replace(other, marker) for text in texts]
+            texts = [text.replace(other, marker) for text in texts]  # images may all stand with the first message
         messages = [(role, text) for text, (role, _, _) in zip(texts, parsed)]
         if system is None and messages and messages[0][0] == "System":
             system = messages.pop(0)[1]

@@ -285,10 +285,11 @@ def verify(folder: Path, images: list[str], prompt: str, against: str, name: str
             with safe_open(file, "pt") as reference:
                 metadata = reference.metadata() or {}
                 name = name or metadata.get("dtype", "float32")
-                if name not in WIDER or not {"reference", "given"} <= metadata.keys():
-                    raise ValueError(
-                        f"{file}: no file of tests/dump_original.py (of its metadata some is missing or damaged)"
-                    )
+                try:
+                    _ = WIDER[name], metadata["reference"], json.loads(metadata["given"])
+                except (KeyError, ValueError):
+                    found = "of its metadata some is missing or damaged"
+                    raise ValueError(f"{file}: no file of tests/dump_original.py ({found})") from None
                 for key, right in about("", processor.model_type, prompt, images, name, []).items():
                     if key not in ("reference", "given") and metadata.get(key) != right:
                         found = f"made from another {key.replace('_', ' ')}: {str(metadata.get(key))[:80]!r}"

@@ -61,6 +61,12 @@ def test_language_configs(content, changes, base, differs, tmp_path):
         assert config.vision == MODELS["deepseek-vl-1.3b"].vision  # an official config that says nothing
 
 
+def test_sams_early_layer_is_the_first_to_run_in_whatever_order_a_config_lists_them(tmp_path):
+    folder = copy_checkpoint("vl-hybrid", tmp_path / "model")
+    edit_json(folder / "config.json", {"vision_config.params.high_res_cfg.global_attn_indexes": [3, 1]})
+    assert read_config(folder) == read_config(golden("vl-hybrid").folder)
+
+
 def test_normalization_beside_a_preset(tmp_path):
     params, folder = "vision_config.params", copy_checkpoint("vl-hybrid", tmp_path / "model")
     changes = {f"{params}.low_res_cfg.pixel_mean": [0, 0.25, 1], f"{params}.high_res_cfg.pixel_std": [1, 2, 3]}

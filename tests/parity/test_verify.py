@@ -253,7 +253,8 @@ def test_errors_are_one_line(picture, capsys, tmp_path, references, monkeypatch)
     folder, file = references("7B")
     vl2, other = golden("vl2-mha").folder, str(golden("vl-hybrid").folder / "images" / "0.png")
     (tmp_path / "text").write_text("no tensors")
-    save_file({"ids": torch.zeros(1)}, tmp_path / "bare", metadata={"dtype": "int3"})
+    for name, given in (("bare", {"dtype": "int3"}), ("cut", {"reference": "", "given": "{"})):
+        save_file({"ids": torch.zeros(1)}, tmp_path / name, metadata=given)
     cases = [
         ((folder, picture, "--against", file, "--prompt", "What?"), "made from another prompt: 'Describe this image.'"),
         ((folder, other, "--against", file), "made from another pictures"),
@@ -262,6 +263,7 @@ def test_errors_are_one_line(picture, capsys, tmp_path, references, monkeypatch)
         ((folder, picture, "--against", tmp_path / "none"), "no such file, expected transformers or a file"),
         ((folder, picture, "--against", tmp_path / "text"), "no file of tests/dump_original.py"),
         ((folder, picture, "--against", tmp_path / "bare"), "of its metadata some is missing or damaged"),
+        ((folder, picture, "--against", tmp_path / "cut"), "cut: no file of tests/dump_original.py (of its metadata"),
         ((vl2, picture), "transformers has no DeepSeek-VL2; --against DUMP"),
         ((tmp_path, picture), "config.json: no such file"),
         ((folder, str(tmp_path / "none.png")), "none.png: no such image file"),
